@@ -1,0 +1,193 @@
+"""Launch configurations: how an operation runs, never what it computes.
+
+A field that is None is chosen by the heuristics of the platform. Configurations are frozen and hashable, since they are
+part of the key under which a compiled program is kept.
+"""
+
+import dataclasses
+import operator
+from collections.abc import Callable
+from typing import Any
+
+PLATFORMS = ("triton", "pallas", "xla", "cuda", "auto")
+BACKENDS = ("any", "cpu", "gpu", "tpu")
+
+
+def _power_of_two(value: int) -> bool:
+    return value >= 1 and value & (value - 1) == 0
+
+
+_RULES: dict[str, tuple[Callable[[int], bool], str]] = {
+    "num_warps": (lambda value: _power_of_two(value) and value <= 32, "a power of two from 1 to 32"),
+    "num_stages": (lambda value: value >= 1, "an integer >= 1"),
+    "num_splits": (lambda value: value >= 1, "an integer >= 1"),
+    "num_key_splits": (lambda value: value >= 1, "an integer >= 1"),
+    "num_par_softmax_segments": (lambda value: value >= 1, "an integer >= 1"),
+    "seq_threshold_3d": (lambda value: value >= 0, "an integer >= 0"),
+    "programs_per_sm": (lambda value: value >= 1, "an integer >= 1"),
+    "min_tiles_per_split": (lambda value: value >= 1, "an integer >= 1"),
+}
+_BLOCK_RULE = (_power_of_two, "a power of two")
+
+
+class Config:
+    """What every configuration shares: the platform, the backend and the checks of the fields.
+
+    Attributes:
+        platform: the platform to run on; `"auto"` leaves the choice to the call.
+        backend: the hardware that the configuration is meant for; `"any"` for all.
+    """
+
+    platform: str
+    backend: str
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            value = getattr(self, field.name)
+            if field.name == "platform":
+                self._check_choice(field.name, value, PLATFORMS)
+            elif field.name == "backend":
+                self._check_choice(field.name, value, BACKENDS)
+            elif field.name == "bulk_loop":
+                if value is not None and not isinstance(value, bool):
+                    raise TypeError(f"{type(self).__name__}: bulk_loop is {value!r}, expected a bool")
+            elif field.name == "fwd_params":
+                if value is not None and not isinstance(value, FwdParams):
+                    raise TypeError(f"{type(self).__name__}: fwd_params is {value!r}, expected FwdParams or None")
+            elif value is not None:
+                object.__setattr__(self, field.name, self._checked(field.name, value))
+
+    def _check_choice(self, name: str, value: Any, choices: tuple[str, ...]) -> None:
+        if value not in choices:
+            raise ValueError(f"{type(self).__name__}: {name} is {value!r}, expected one of {', '.join(choices)}")
+
+    def _checked(self, name: str, value: Any) -> int:
+        accepts, expected = _RULES.get(name, _BLOCK_RULE)
+        if isinstance(value, bool) or not hasattr(value, "__index__"):
+            raise TypeError(f"{type(self).__name__}: {name} is {value!r}, expected {expected}")
+        if not accepts(operator.index(value)):
+            raise ValueError(f"{type(self).__name__}: {name} is {value!r}, expected {expected}")
+        return operator.index(value)
+
+
+@dataclasses.dataclass(frozen=True)
+class PageAttentionConfig(Config):
+    """How `page_attention` runs.
+
+    Attributes:
+        num_splits: pieces that each sequence's keys are divided into; 1 writes the output directly.
+        num_warps: warps a program.
+        num_stages: depth of the software pipeline.
+        platform: see `Config`.
+        backend: see `Config`.
+        block_m: query rows a tile.
+        block_n: keys a tile.
+        programs_per_sm: programs a streaming multiprocessor that the number of splits aims at.
+        min_tiles_per_split: tiles of keys below which a sequence is not divided further.
+        bulk_loop: whether tiles that need no mask run in a loop of their own.
+    """
+
+    num_splits: int | None = None
+    num_warps: int | None = None
+    num_stages: int | None = None
+    platform: str = "auto"
+    backend: str = "any"
+    block_m: int | None = None
+    block_n: int | None = None
+    programs_per_sm: int | None = None
+    min_tiles_per_split: int | None = None
+    bulk_loop: bool | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class PrefillPageAttentionConfig(Config):
+    """How `prefill_page_attention` runs; fields as in `PageAttentionConfig`."""
+
+    num_warps: int | None = None
+    num_stages: int | None = None
+    platform: str = "auto"
+    backend: str = "any"
+
+
+@dataclasses.dataclass(frozen=True)
+class UnifiedAttentionConfig(Config):
+    """How `unified_attention` runs.
+
+    Attributes:
+        seq_threshold_3d: number of sequences up to which batches of single tokens divide the keys.
+        num_par_softmax_segments: pieces that the keys are divided into then.
+        num_warps: warps a program.
+        num_stages: depth of the software pipeline.
+        platform: see `Config`.
+        backend: see `Config`.
+    """
+
+    seq_threshold_3d: int | None = None
+    num_par_softmax_segments: int | None = None
+    num_warps: int | None = None
+    num_stages: int | None = None
+    platform: str = "auto"
+    backend: str = "any"
+
+
+@dataclasses.dataclass(frozen=True)
+class FwdParams(Config):
+    """Launch parameters of the forward pass of `ragged_decode_attention`.
+
+    Attributes:
+        blocksize_heads: query heads a tile.
+        num_key_splits: pieces that the keys are divided into.
+        kv_blocksize: keys a tile.
+        num_warps: warps a program.
+        num_stages: depth of the software pipeline.
+    """
+
+    blocksize_heads: int | None = None
+    num_key_splits: int | None = None
+    kv_blocksize: int | None = None
+    num_warps: int | None = None
+    num_stages: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class RaggedDecodeAttentionConfig(Config):
+    """How `ragged_decode_attention` runs.
+
+    Attributes:
+        fwd_params: launch parameters.
+        platform: see `Config`.
+        backend: see `Config`.
+    """
+
+    fwd_params: FwdParams | None = None
+    platform: str = "auto"
+    backend: str = "any"
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionConfig(Config):
+    """How `attention` runs.
+
+    Attributes:
+        block_q: query rows a tile.
+        block_k: keys a tile.
+        num_warps: warps a program.
+        num_stages: depth of the software pipeline.
+        platform: see `Config`.
+        backend: see `Config`.
+    """
+
+    block_q: int | None = None
+    block_k: int | None = None
+    num_warps: int | None = None
+    num_stages: int | None = None
+    platform: str = "auto"
+    backend: str = "any"
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheConfig(Config):
+    """How `write_kv_pages` and `merge_attention_states` run: the platform only."""
+
+    platform: str = "auto"
+    backend: str = "any"

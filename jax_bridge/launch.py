@@ -1,0 +1,284 @@
+"""From a Triton kernel and JAX arrays to JAX arrays: jax-triton on a GPU, Triton's interpreter on a CPU.
+
+The only module that imports jax_triton, and it does so when the first kernel is launched.
+"""
+
+import functools
+import importlib
+import importlib.util
+import os
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.interpreters import mlir
+
+from jax_bridge.device import Device, current_device
+
+Output = jax.ShapeDtypeStruct
+_MAX_GRID = 2**31 - 1
+_KERNEL_PROJECT = "jax-paged-attention"
+
+
+def available() -> bool:
+    """Whether Triton and jax-triton are installed."""
+    return all(importlib.util.find_spec(name) is not None for name in ("triton", "jax_triton"))
+
+
+@functools.cache
+def interpreting() -> bool:
+    """Whether kernels run under Triton's interpreter: TRITON_INTERPRET was set before Triton was imported."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
+@functools.cache
+def kernels(module: str) -> Any:
+    """Module `module` of our `triton_kernels`, imported when first needed.
+
+    Raises:
+        ImportError: Another distribution's `triton_kernels` comes first on the path.
+    """
+    package = importlib.import_module("triton_kernels")
+    if getattr(package, "__project__", None) != _KERNEL_PROJECT:
+        raise ImportError(
+            f"`triton_kernels` at {package.__file__} is not the one of {_KERNEL_PROJECT}: triton-lang "
+            "(also as bundled by vLLM) has a package of that name; keep the two in separate environments or processes"
+        )
+    return importlib.import_module(f"triton_kernels.{module}")
+
+
+def launch(
+    kernel: Any,
+    *,
+    outputs: Mapping[str, Output | None],
+    operands: Mapping[str, jax.Array | None],
+    constants: Mapping[str, Any],
+    num_programs: int,
+    num_warps: int,
+    num_stages: int,
+    device: Device,
+) -> dict[str, jax.Array]:
+    """Runs `kernel` on a one-dimensional grid.
+
+    Args:
+        kernel: A `@triton.jit` function.
+        outputs: Shape and dtype of every output parameter; None where the kernel is not to write it. Outputs start
+            uninitialised (under the interpreter: full of NaN).
+        operands: Array of every input parameter, or None.
+        constants: Value of every constexpr parameter.
+        num_programs: Size of the grid.
+        num_warps: Warps a program.
+        num_stages: Depth of the software pipeline.
+        device: The GPU to compile for.
+
+    Returns:
+        The outputs that were asked for, by name.
+
+    Raises:
+        TypeError: The names are not exactly the kernel's parameters.
+        ValueError: The grid is empty or too large.
+    """
+    name = kernel.__name__
+    given = [*outputs, *operands, *constants]
+    if sorted(given) != sorted(kernel.arg_names):
+        wrong = sorted(set(given) ^ set(kernel.arg_names))
+        raise TypeError(f"{name}: parameters {wrong} are missing, unknown or given twice, expected {kernel.arg_names}")
+    if not 0 < num_programs <= _MAX_GRID:
+        raise ValueError(f"{name}: the grid has {num_programs} programs, expected 1 to {_MAX_GRID}")
+    written = {parameter: output for parameter, output in outputs.items() if output is not None}
+    absent = {parameter: None for parameter, output in outputs.items() if output is None}
+    if interpreting():
+        return _interpret(kernel, written, {**operands, **absent}, constants, num_programs)
+
+    ordered = [parameter for parameter in kernel.arg_names if parameter in written]
+    results = _jax_triton().triton_call(
+        kernel=kernel,
+        name=name,
+        out_type=[written[parameter] for parameter in ordered],
+        grid=(num_programs, 1, 1),
+        num_warps=num_warps,
+        num_stages=num_stages,
+        compute_capability=device.compute_capability,
+        backend_options={"enable_fp_fusion": True},
+        **operands,
+        **absent,
+        **constants,
+    )
+    return dict(zip(ordered, results, strict=True))
+
+
+def kernel_operation(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` of arrays, made of launches, with what kernels lack: vmap becomes a loop, derivatives are refused.
+
+    Args:
+        name: How errors name the operation, as in `"page_attention[triton]"`.
+        function: Takes arrays or None, returns a pytree of arrays.
+    """
+    batched = jax.custom_batching.custom_vmap(function)
+
+    @batched.def_vmap
+    def loop(axis_size: int, in_batched: Sequence[Any], *arguments: Any) -> tuple[Any, Any]:
+        del axis_size
+        is_mapped = jax.tree.leaves(in_batched)
+        leaves, structure = jax.tree.flatten(arguments)
+        mapped = [leaf for leaf, moves in zip(leaves, is_mapped, strict=True) if moves]
+
+        def one(slices: list[Any]) -> Any:
+            taken = iter(slices)
+            row = [next(taken) if moves else leaf for leaf, moves in zip(leaves, is_mapped, strict=True)]
+            return batched(*jax.tree.unflatten(structure, row))
+
+        results = jax.lax.map(one, mapped)
+        return results, jax.tree.map(lambda _: True, results)
+
+    differentiable = jax.custom_jvp(batched)
+
+    @differentiable.defjvp
+    def refuse(primals: Any, tangents: Any) -> Any:
+        del primals, tangents
+        raise NotImplementedError(f'{name} does not support differentiation; use platform="xla"')
+
+    return differentiable
+
+
+@functools.cache
+def _jax_triton() -> Any:
+    """jax_triton, checked, without its side effect on the environment, and with our checks on what it compiles."""
+    cache_directory = os.environ.get("TRITON_CACHE_DIR")
+    try:
+        import jax_triton
+        from jax_triton import triton_lib
+    except ImportError as error:
+        raise ImportError(
+            'platform="triton" needs jax-triton >= 0.4.1 and triton >= 3.7: pip install "jax-paged-attention[cuda]"'
+        ) from error
+    finally:
+        if cache_directory is not None:
+            os.environ["TRITON_CACHE_DIR"] = cache_directory
+    if triton_lib.triton_kernel_call_lib is not None:
+        triton_lib.triton_kernel_call_lib = _CheckedLibrary(triton_lib.triton_kernel_call_lib)
+    for platform in ("cpu", "tpu"):
+        mlir.register_lowering(triton_lib.triton_kernel_call_p, functools.partial(_refuse_platform, platform), platform)
+    return jax_triton
+
+
+def _refuse_platform(platform: str, context: Any, *operands: Any, name: str, **parameters: Any) -> Any:
+    del context, operands, parameters
+    raise NotImplementedError(
+        f'{name}: platform="triton" does not support {platform.upper()} devices; set TRITON_INTERPRET=1 before '
+        'the first import to run the kernel in the interpreter of Triton, or use platform="xla"'
+    )
+
+
+class _CheckedLibrary:
+    """jaxlib's launcher, given no more than it needs, and no kernel that would lack shared memory at launch."""
+
+    def __init__(self, library: Any) -> None:
+        self._library = library
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._library, name)
+
+    def TritonKernel(
+        self, name: str, num_warps: int, num_ctas: int, shared: int, ptx: str, ttir: str, *rest: Any
+    ) -> Any:
+        limit = current_device().shared_memory
+        if shared > limit:
+            raise ValueError(
+                f"{name}: needs {shared} bytes of shared memory, expected at most {limit} on this device; "
+                "use a configuration with a smaller block_n or num_stages"
+            )
+        del ttir  # only for dumps
+        return self._library.TritonKernel(name, num_warps, num_ctas, shared, _without_debug_sections(ptx), "", *rest)
+
+
+def _without_debug_sections(ptx: str) -> str:
+    """PTX without line information: jaxlib handles the whole text at every launch, on the host's time."""
+    code = ptx.partition("\t.section\t.debug_")[0]
+    return "".join(
+        line for line in code.splitlines(keepends=True) if not line.lstrip().startswith((".loc", ".file", "//"))
+    )
+
+
+class _HostBuffer:
+    """A numpy array with the few tensor methods that Triton's interpreter calls."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self.array, self.dtype, self.shape = array, array.dtype, array.shape
+
+    def data_ptr(self) -> int:
+        return self.array.ctypes.data
+
+    def untyped_storage(self) -> "_HostBuffer":
+        return self
+
+    def cpu(self) -> "_HostBuffer":
+        return self
+
+    def new_empty(self, *_: Any, **__: Any) -> "_HostBuffer":
+        return _HostBuffer(self.array)
+
+    def set_(self, storage: "_HostBuffer", *_: Any) -> None:
+        self.array = storage.array
+
+    def storage_offset(self) -> int:
+        return 0
+
+    def size(self) -> tuple[int, ...]:
+        return self.array.shape
+
+    def stride(self) -> tuple[int, ...]:
+        return tuple(step // self.array.itemsize for step in self.array.strides)
+
+    def element_size(self) -> int:
+        return self.array.itemsize
+
+    def copy_(self, _: Any) -> None:
+        """Nothing to copy back: the kernel wrote into this very memory."""
+
+
+_interpreter_lock = threading.Lock()  # the interpreter patches triton.language globally while a kernel runs
+
+
+def _interpret(
+    kernel: Any,
+    outputs: Mapping[str, Output],
+    operands: Mapping[str, jax.Array | None],
+    constants: Mapping[str, Any],
+    num_programs: int,
+) -> dict[str, jax.Array]:
+    """Runs a kernel in Triton's interpreter through a host callback."""
+    arrays = {name: array for name, array in operands.items() if array is not None}
+    absent = {name: None for name, array in operands.items() if array is None}
+
+    def run(arrays: dict[str, Any]) -> dict[str, np.ndarray]:
+        inputs = {
+            name: _HostBuffer(np.ascontiguousarray(_widened(np.asarray(array)))) for name, array in arrays.items()
+        }
+        results = {name: _unwritten(output) for name, output in outputs.items()}
+        buffers = {name: _HostBuffer(array) for name, array in results.items()}
+        # A GPU's arithmetic does not warn either, of values that a `where` then leaves out.
+        with _interpreter_lock, np.errstate(all="ignore"):
+            kernel[(num_programs,)](**inputs, **absent, **buffers, **constants)
+        return {name: array.astype(outputs[name].dtype) for name, array in results.items()}
+
+    return jax.pure_callback(run, dict(outputs), arrays, vmap_method="sequential")
+
+
+def _widened(array: np.ndarray) -> np.ndarray:
+    """A contiguous array, bfloat16 as float32: the interpreter's dot product multiplies bfloat16 bit patterns."""
+    return np.ascontiguousarray(array.astype(np.float32) if array.dtype == jnp.bfloat16 else array)
+
+
+def _unwritten(output: Output) -> np.ndarray:
+    """A buffer in which elements that the kernel does not write are seen."""
+    dtype = np.dtype(np.float32) if output.dtype == jnp.bfloat16 else np.dtype(output.dtype)
+    filler = np.nan if jnp.issubdtype(dtype, jnp.floating) else np.iinfo(dtype).min
+    return np.full(output.shape, filler, dtype)

@@ -1,0 +1,44 @@
+"""KV-cache layouts: a name such as "PTHD" lists the axes in order; sizes and strides follow, nothing is guessed."""
+
+from typing import NamedTuple
+
+LAYOUTS = ("PTHD", "PHTD", "HPTD")
+"""Axes of a cache: P page, T token in page, H KV head, D head dim."""
+
+
+class CacheSizes(NamedTuple):
+    """Sizes of a paged cache."""
+
+    num_pages: int
+    page_size: int
+    num_kv_heads: int
+    head_dim: int
+
+
+class CacheStrides(NamedTuple):
+    """Strides of a row-major cache in elements; the head dim is contiguous."""
+
+    page: int
+    token: int
+    head: int
+
+
+def cache_sizes(kv_layout: str, shape: tuple[int, ...]) -> CacheSizes:
+    """Names the sizes of a 4-D cache `shape` laid out as `kv_layout`."""
+    sizes = dict(zip(kv_layout, shape, strict=True))
+    return CacheSizes(sizes["P"], sizes["T"], sizes["H"], sizes["D"])
+
+
+def cache_shape(kv_layout: str, sizes: CacheSizes) -> tuple[int, ...]:
+    """Shape of a cache of `sizes` laid out as `kv_layout`."""
+    named = dict(zip("PTHD", sizes, strict=True))
+    return tuple(named[axis] for axis in kv_layout)
+
+
+def cache_strides(kv_layout: str, shape: tuple[int, ...]) -> CacheStrides:
+    """Strides of a row-major 4-D cache `shape` laid out as `kv_layout`."""
+    strides, step = {}, 1
+    for axis, size in zip(reversed(kv_layout), reversed(shape), strict=True):
+        strides[axis] = step
+        step *= size
+    return CacheStrides(strides["P"], strides["T"], strides["H"])

@@ -1,0 +1,323 @@
+"""What every operation shares: from checked arguments to a platform, a configuration and one compiled program."""
+
+import abc
+import dataclasses
+import functools
+import os
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from jax_bridge.configs import PLATFORMS, Config
+from jax_bridge.device import Device, current_device
+from jax_bridge.validation import FLOAT, describe, to_int32
+
+Outputs = jax.Array | tuple[jax.Array, ...]
+_LOWERING_NAMES = {"triton": "cuda", "pallas": "tpu"}
+BACKEND_OF_PLATFORM = {"triton": "gpu", "pallas": "tpu"}
+_PLATFORM_OF_BACKEND = {backend: platform for platform, backend in BACKEND_OF_PLATFORM.items()}
+_BACKENDS_OF_PLATFORM = {
+    "triton": ("gpu", "cpu"),
+    "pallas": ("tpu", "cpu"),
+    "cuda": ("gpu",),
+    "xla": ("cpu", "gpu", "tpu"),
+}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Invocation:
+    """One call of an operation, after validation.
+
+    Attributes:
+        operation: the operation's name.
+        arrays: the array arguments by name (arrays, tracers or `jax.ShapeDtypeStruct`); absent optional ones are None.
+            What an implementation receives is normalised: indices are int32, scales of a cache are float32 of shape
+            `[1]` or `[Hkv]`, sinks, slopes and biases are float32, float16 or bfloat16.
+        options: the static arguments, a frozen dataclass of the operation.
+        sizes: the sizes of the axes, a frozen dataclass of the operation.
+    """
+
+    operation: str
+    arrays: Mapping[str, Any]
+    options: Any
+    sizes: Any
+
+
+def _supports_everything(invocation: Invocation) -> str | None:
+    del invocation
+    return None
+
+
+def _always() -> bool:
+    return True
+
+
+def _no_candidates(invocation: Invocation, device: Device) -> tuple[Config, ...]:
+    del invocation, device
+    return ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Implementation:
+    """One operation on one platform.
+
+    Attributes:
+        platform: `"triton"`, `"pallas"`, `"xla"` or `"cuda"`.
+        call: computes the operation from a normalised invocation, a complete configuration and the `Device`, which is
+            None without `heuristic_cfg`; traced.
+        lacks: words for the first feature asked for that is not supported, or None.
+        heuristic_cfg: the configuration for static sizes and a device; None where there is nothing to configure.
+        candidate_cfgs: the configurations that tuning may try.
+        is_available: whether what it needs is installed and works; asked for `"auto"` only.
+    """
+
+    platform: str
+    call: Callable[[Invocation, Any, Any], Outputs]
+    lacks: Callable[[Invocation], str | None] = _supports_everything
+    heuristic_cfg: Callable[[Invocation, Device], Config] | None = None
+    candidate_cfgs: Callable[[Invocation, Device], tuple[Config, ...]] = _no_candidates
+    is_available: Callable[[], bool] = _always
+
+
+@dataclasses.dataclass(frozen=True)
+class Branch:
+    """An implementation with everything static that its program depends on besides the arguments."""
+
+    implementation: Implementation
+    cfg: Config
+    device: Device | None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """The static half of a call; of several branches, the lowering platform picks one, the last by default."""
+
+    operation: "type[Operation]"
+    options: Any
+    sizes: Any
+    branches: tuple[Branch, ...]
+
+
+class Operation(abc.ABC):
+    """Base of the operation objects: checks the arguments, chooses platform and configuration, runs.
+
+    Subclasses name the operation, list its implementations, and write `outputs` and `invocation`, whose signature is
+    that of the public function without `platform`, `cfg` and the arguments of sharding. Implementations are not called
+    for empty outputs.
+    """
+
+    name: ClassVar[str]
+    config_type: ClassVar[type[Config]]
+    implementations: ClassVar[tuple[Implementation, ...]]
+
+    @staticmethod
+    @abc.abstractmethod
+    def outputs(invocation: Invocation) -> Any:
+        """Shapes and dtypes of what an implementation answers: a `jax.ShapeDtypeStruct` or a tuple of them."""
+
+    @abc.abstractmethod
+    def invocation(self, *args: Any, **kwargs: Any) -> Invocation:
+        """Check the arguments of a call; raises `ValueError` or `TypeError` naming what is wrong."""
+
+    def run(self, *args: Any, platform: str | None = None, cfg: Config | None = None, **kwargs: Any) -> Any:
+        """Run the operation on the arguments of its public function.
+
+        Args:
+            *args: positional arguments of the public function.
+            platform: the platform, None or `"auto"` to choose.
+            cfg: the configuration, None to choose.
+            **kwargs: keyword arguments of the public function.
+
+        Returns:
+            What the public function returns.
+
+        Raises:
+            TypeError: an argument of the wrong type or dtype.
+            ValueError: an argument of the wrong shape or value, or an unknown platform.
+            NotImplementedError: the platform does not support what is asked for.
+        """
+        requested = self.requested_platform(platform, cfg)
+        invocation = self.invocation(*args, **kwargs)
+        branches = self.branches(invocation, requested, cfg)
+        return _execute(_Plan(type(self), invocation.options, invocation.sizes, branches), invocation.arrays)
+
+    def get_impl(self, cfg: Config | None = None) -> Callable[..., Any]:
+        """The operation as a function of its arguments, with the platform and launch parameters of `cfg`."""
+        self.requested_platform(None, cfg)
+        return functools.partial(self.run, cfg=cfg)
+
+    def heuristic_cfg(self, invocation: Invocation) -> Config:
+        """The configuration that the heuristics choose, for the GPU at hand or the target device.
+
+        The platform is the one that `"auto"` takes there; without a configurable implementation all fields stay open.
+        """
+        implementation = self._configurable(invocation)
+        if implementation is None or implementation.heuristic_cfg is None:
+            return self.config_type()
+        return implementation.heuristic_cfg(invocation, current_device())
+
+    def candidate_cfgs(self, invocation: Invocation) -> tuple[Config, ...]:
+        """The configurations worth timing for this call, on the GPU at hand or the target device."""
+        implementation = self._configurable(invocation)
+        return () if implementation is None else implementation.candidate_cfgs(invocation, current_device())
+
+    def implementation(self, platform: str) -> Implementation | None:
+        """The implementation for a platform, if there is one."""
+        return next((row for row in self.implementations if row.platform == platform), None)
+
+    def requested_platform(self, platform: Any, cfg: Any) -> str:
+        """The platform that a call names, the argument before the configuration; `"auto"` where neither does."""
+        if cfg is not None and not isinstance(cfg, self.config_type):
+            expected = f"{self.config_type.__name__} or None"
+            raise TypeError(f"{self.name}: cfg is {describe(cfg)}, expected {expected}")
+        if platform is not None and (not isinstance(platform, str) or platform not in PLATFORMS):
+            expected = f"None or one of {', '.join(PLATFORMS)}"
+            raise ValueError(f"{self.name}: platform is {platform!r}, expected {expected}")
+        requested: str = platform or "auto"
+        if requested == "auto" and cfg is not None:
+            requested = cfg.platform
+        backend = "any" if cfg is None else cfg.backend
+        if requested != "auto" and backend != "any" and backend not in _BACKENDS_OF_PLATFORM[requested]:
+            expected = f"any or {' or '.join(_BACKENDS_OF_PLATFORM[requested])} for platform {requested!r}"
+            raise ValueError(f"{self.name}: cfg.backend is {backend!r}, expected {expected}")
+        return requested
+
+    def branches(self, invocation: Invocation, requested: str, cfg: Config | None) -> tuple[Branch, ...]:
+        """The implementations that a call may run: one, or for `"auto"` one for each platform to lower for."""
+        rows: tuple[Implementation, ...]
+        if requested == "auto":
+            rows = self._automatic(invocation, "any" if cfg is None else cfg.backend)
+        else:
+            rows = (self._supported(invocation, requested),)
+        return tuple(self._branch(row, invocation, cfg) for row in rows)
+
+    @functools.cached_property
+    def _open_cfg(self) -> Config:
+        return self.config_type()
+
+    def _configurable(self, invocation: Invocation) -> Implementation | None:
+        usable = (self.implementation(platform) for platform in _LOWERING_NAMES)
+        return next((row for row in usable if row is not None and row.lacks(invocation) is None), None)
+
+    def _branch(self, row: Implementation, invocation: Invocation, cfg: Config | None) -> Branch:
+        """Explicit configuration before heuristics, field by field; caches and tuning belong between the two."""
+        if row.heuristic_cfg is None:
+            return Branch(row, cfg or self._open_cfg, None)
+        device = current_device()
+        chosen = row.heuristic_cfg(invocation, device)
+        return Branch(row, chosen if cfg is None else completed(cfg, chosen), device)
+
+    def _supported(self, invocation: Invocation, platform: str) -> Implementation:
+        row = self.implementation(platform)
+        lack = self.name if row is None else row.lacks(invocation)
+        if row is None or lack is not None:
+            raise self._unsupported(invocation, platform, str(lack))
+        return row
+
+    def _unsupported(self, invocation: Invocation, platform: str, lack: str) -> NotImplementedError:
+        others = (row.platform for row in reversed(self.implementations) if row.lacks(invocation) is None)
+        remedy = next((f'use platform="{other}"' for other in others), "leave it out")
+        return NotImplementedError(f"{self.name}[{platform}] does not support {lack}; {remedy}")
+
+    def _automatic(self, invocation: Invocation, backend: str) -> tuple[Implementation, ...]:
+        """Kernels for the hardware they exist for, `xla` everywhere else."""
+        native = _PLATFORM_OF_BACKEND.get(jax.default_backend() if backend == "any" else backend)
+        xla = self.implementation("xla")
+        if xla is not None and xla.lacks(invocation) is not None:
+            xla = None
+        is_eager = not any(isinstance(array, jax.core.Tracer) for array in invocation.arrays.values())
+        if xla is not None and native is None and backend == "any" and is_eager:
+            return (xla,)  # it runs here, where no kernel does: spare it the import and the tracing of one
+        kernels = [row for row in self.implementations if row.platform in _LOWERING_NAMES]
+        kernels = [row for row in kernels if row.lacks(invocation) is None and is_usable(row)]
+        if xla is None or backend != "any":
+            here = tuple(row for row in kernels if row.platform == native)
+            return here or (self._supported(invocation, "xla"),)
+        return (*kernels, xla)
+
+
+def completed(cfg: Any, defaults: Any) -> Any:
+    """`cfg` with the fields that it leaves open taken from `defaults`."""
+    open_fields = {
+        field.name: getattr(defaults, field.name)
+        for field in dataclasses.fields(cfg)
+        if getattr(cfg, field.name) is None
+    }
+    return dataclasses.replace(cfg, **open_fields) if open_fields else cfg
+
+
+def is_usable(row: Implementation) -> bool:
+    """Whether `"auto"` may take a kernel: what it needs is installed, and it is compiled, not interpreted."""
+    interpreted = row.platform == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    return not interpreted and row.is_available()
+
+
+INDEX_ARGUMENTS = frozenset(
+    {
+        "context_lens",
+        "context_len",
+        "kv_lens",
+        "block_tables",
+        "page_indices",
+        "query_start_loc",
+        "sequence_start",
+        "sequence_end",
+        "slot_mapping",
+    }
+)
+_SCORE_TERMS = frozenset({"attention_sink", "alibi_slopes", "qq_bias", "softmax_aux", "bias"})
+
+
+def _normalised(name: str, array: Any) -> Any:
+    """An array as implementations take it; costs nothing where it is so already."""
+    if array is None:
+        return None
+    if name in INDEX_ARGUMENTS:
+        return to_int32(array).reshape(-1) if name == "context_len" else to_int32(array)
+    if name in ("k_scale", "v_scale"):
+        return array.astype(jnp.float32).reshape(-1)
+    if name in _SCORE_TERMS and not FLOAT.accepts(array.dtype):
+        return array.astype(jnp.float32)
+    return array
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _execute(plan: _Plan, arrays: Mapping[str, Any]) -> Any:
+    with jax.named_scope(plan.operation.name):
+        arrays = {name: _normalised(name, array) for name, array in arrays.items()}
+        outputs = plan.operation.outputs(_invocation(plan, arrays))
+        if jax.tree.leaves(outputs)[0].size == 0:
+            return jax.tree.map(lambda output: jnp.zeros(output.shape, output.dtype), outputs)
+        *kernels, default = (functools.partial(_run_branch, plan, branch) for branch in plan.branches)
+        if not kernels:
+            return default(arrays)
+        names = [_LOWERING_NAMES[branch.implementation.platform] for branch in plan.branches[:-1]]
+
+        @jax.custom_jvp
+        def choose(arrays: Mapping[str, Any]) -> Any:
+            return jax.lax.platform_dependent(arrays, default=default, **dict(zip(names, kernels, strict=True)))
+
+        @choose.defjvp
+        def differentiate(primals: Any, tangents: Any) -> Any:
+            # Kernels have no derivatives: "auto" takes the implementation that has what is asked for.
+            return jax.jvp(default, primals, tangents)
+
+        return choose(arrays)
+
+
+def _invocation(plan: _Plan, arrays: Mapping[str, Any]) -> Invocation:
+    return Invocation(plan.operation.name, arrays, plan.options, plan.sizes)
+
+
+def _run_branch(plan: _Plan, branch: Branch, arrays: Mapping[str, Any]) -> Any:
+    return branch.implementation.call(_invocation(plan, arrays), branch.cfg, branch.device)
+
+
+def window_argument(window: tuple[int, int | None] | None) -> int | tuple[int, int] | None:
+    """A normalised window as the reference takes it: an int where the right side is open."""
+    if window is None:
+        return None
+    left, right = window
+    return left + 1 if right is None else (left, right)

@@ -1,0 +1,199 @@
+"""Attention of packed sequences, decoding and prefilling at once, over a paged KV cache."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+import reference
+from jax_bridge.configs import UnifiedAttentionConfig
+from jax_bridge.device import Device
+from jax_bridge.operation import Implementation, Invocation, Operation, Outputs, window_argument
+from jax_bridge.validation import FLOAT, Arguments, PagedOptions, paged_outputs
+
+
+@dataclasses.dataclass(frozen=True)
+class UnifiedAttentionOptions(PagedOptions):
+    """Static arguments of `unified_attention`, normalised."""
+
+    causal: bool
+
+
+def _xla(invocation: Invocation, cfg: UnifiedAttentionConfig, device: Device | None) -> Outputs:
+    del cfg, device
+    arrays, options = invocation.arrays, invocation.options
+    return reference.unified_attention(
+        arrays["queries"],
+        arrays["key_cache"],
+        arrays["value_cache"],
+        arrays["kv_lens"],
+        arrays["block_tables"],
+        arrays["query_start_loc"],
+        softmax_scale=options.softmax_scale,
+        causal=options.causal,
+        sliding_window=window_argument(options.window),
+        logits_soft_cap=options.soft_cap,
+        alibi_slopes=arrays["alibi_slopes"],
+        qq_bias=arrays["qq_bias"],
+        attention_sink=arrays["attention_sink"],
+        k_scale=arrays["k_scale"],
+        v_scale=arrays["v_scale"],
+        kv_layout=options.kv_layout,
+        return_lse=options.return_lse,
+    )
+
+
+class UnifiedAttention(Operation):
+    """The operation object of `unified_attention`."""
+
+    name = "unified_attention"
+    config_type = UnifiedAttentionConfig
+    implementations = (Implementation("xla", _xla),)
+
+    def invocation(
+        self,
+        queries: Any,
+        key_cache: Any,
+        value_cache: Any,
+        kv_lens: Any,
+        block_tables: Any,
+        query_start_loc: Any,
+        /,
+        *,
+        softmax_scale: float | None = None,
+        causal: bool = True,
+        sliding_window: int | Sequence[int] | None = None,
+        logits_soft_cap: float | None = None,
+        alibi_slopes: Any = None,
+        qq_bias: Any = None,
+        attention_sink: Any = None,
+        k_scale: Any = None,
+        v_scale: Any = None,
+        kv_layout: str = "PTHD",
+        return_lse: bool = False,
+    ) -> Invocation:
+        """Check the arguments of `unified_attention`."""
+        check = Arguments(self.name)
+        layout = check.layout(kv_layout)
+        check.array("queries", queries, ("T", "Hq", "D"), FLOAT)
+        check.caches(key_cache, value_cache, layout, same_width=False)
+        check.query_matches_cache("queries", queries, key_cache)
+        check.heads("queries")
+        kv_lens = check.index("kv_lens", kv_lens, ("S",))
+        check.known("S + 1", check.sizes["S"] + 1, "kv_lens")
+        arrays = {
+            "queries": queries,
+            "key_cache": key_cache,
+            "value_cache": value_cache,
+            "kv_lens": kv_lens,
+            "block_tables": check.index("block_tables", block_tables, ("S", "MP")),
+            "query_start_loc": check.index("query_start_loc", query_start_loc, ("S + 1",)),
+            "alibi_slopes": check.optional("alibi_slopes", alibi_slopes, ("Hq",)),
+            "qq_bias": check.optional("qq_bias", qq_bias, ("Q", "Q")),
+            "attention_sink": check.optional("attention_sink", attention_sink, ("Hq",)),
+            "k_scale": check.kv_scale("k_scale", k_scale),
+            "v_scale": check.kv_scale("v_scale", v_scale),
+        }
+        is_causal = check.flag("causal", causal)
+        right = 0 if is_causal else None
+        options = UnifiedAttentionOptions(
+            softmax_scale=check.scale("softmax_scale", softmax_scale),
+            soft_cap=check.soft_cap("logits_soft_cap", logits_soft_cap),
+            window=check.window("sliding_window", sliding_window, from_width="width", right=right),
+            kv_layout=layout,
+            return_lse=check.flag("return_lse", return_lse),
+            causal=is_causal,
+        )
+        return Invocation(self.name, arrays, options, check.paged_sizes("S", "T"))
+
+    @staticmethod
+    def outputs(invocation: Invocation) -> Any:
+        """`[T, Hq, Dv]`, and the LSE `[T, Hq]` if asked for."""
+        return paged_outputs(invocation.sizes, invocation.options, invocation.arrays["queries"].dtype)
+
+
+_OPERATION = UnifiedAttention()
+
+
+def unified_attention(
+    queries: jax.Array,
+    key_cache: jax.Array,
+    value_cache: jax.Array,
+    kv_lens: jax.Array,
+    block_tables: jax.Array,
+    query_start_loc: jax.Array,
+    /,
+    *,
+    softmax_scale: float | None = None,
+    causal: bool = True,
+    sliding_window: int | Sequence[int] | None = None,
+    logits_soft_cap: float | None = None,
+    alibi_slopes: jax.Array | None = None,
+    qq_bias: jax.Array | None = None,
+    attention_sink: jax.Array | None = None,
+    platform: str | None = None,
+    cfg: UnifiedAttentionConfig | None = None,
+    k_scale: jax.Array | float | None = None,
+    v_scale: jax.Array | float | None = None,
+    kv_layout: str = "PTHD",
+    return_lse: bool = False,
+) -> Any:
+    """Attention of packed sequences over their pages; some may decode one token, others prefill many.
+
+    Sequence `s` owns the rows `query_start_loc[s]` up to `query_start_loc[s + 1]`; its last row stands at position
+    `kv_lens[s] - 1`.
+
+    Args:
+        queries: `[T, Hq, D]`, float32, float16 or bfloat16; rows that no sequence owns are answered with zeros.
+        key_cache: `[P, ps, Hkv, D]` in the default layout, new tokens already written; the queries' dtype,
+            float8_e4m3fn, float8_e5m2 or int8.
+        value_cache: `[P, ps, Hkv, Dv]`, with the dtype of `key_cache`.
+        kv_lens: integers `[S]`, tokens of each sequence: context and new ones.
+        block_tables: integers `[S, MP]`, pages of each sequence in order; entries past its length are never used.
+        query_start_loc: integers `[S + 1]`, not decreasing.
+        softmax_scale: factor on the scores, `1 / sqrt(D)` by default; a static number.
+        causal: whether a row sees no key after its own position.
+        sliding_window: an int `W`: of the keys up to its own, a row sees the last `W`; a pair `(l, r)`: `l` before its
+            own and `r` after.
+        logits_soft_cap: `c` in `c * tanh(scores / c)`; None or 0 is off.
+        alibi_slopes: `[Hq]`, added to the scores as `slope * (key position - query position)`.
+        qq_bias: `[Q, Q]`, added to the scores between the new tokens of a sequence, by their places among them.
+        attention_sink: `[Hq]`, a logit a head that joins the softmax without a value.
+        platform: `"triton"`, `"pallas"`, `"xla"`, `"cuda"`, or `"auto"` (None): the best that supports the call.
+        cfg: launch configuration; open fields are chosen.
+        k_scale: factor on stored keys: a number, or an array `[1]` or `[Hkv]`.
+        v_scale: factor on stored values, likewise.
+        kv_layout: order of the cache's axes page, token, head, dim: `"PTHD"`, `"PHTD"` or `"HPTD"`.
+        return_lse: also answer the natural logarithm of the softmax denominator.
+
+    Returns:
+        `[T, Hq, Dv]` in the queries' dtype; with `return_lse` a pair of it and the float32 LSE `[T, Hq]`. Rows without
+        a key are zeros.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: shapes or values that do not fit.
+        NotImplementedError: the platform does not support what is asked for.
+    """
+    return _OPERATION.run(
+        queries,
+        key_cache,
+        value_cache,
+        kv_lens,
+        block_tables,
+        query_start_loc,
+        softmax_scale=softmax_scale,
+        causal=causal,
+        sliding_window=sliding_window,
+        logits_soft_cap=logits_soft_cap,
+        alibi_slopes=alibi_slopes,
+        qq_bias=qq_bias,
+        attention_sink=attention_sink,
+        platform=platform,
+        cfg=cfg,
+        k_scale=k_scale,
+        v_scale=v_scale,
+        kv_layout=kv_layout,
+        return_lse=return_lse,
+    )
