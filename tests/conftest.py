@@ -1,0 +1,62 @@
+"""Where tests run, decided before JAX or Triton is imported; hypothesis profiles.
+
+- `pytest`: on the CPU, kernels in Triton's interpreter.
+- `pytest -m compile`: on the CPU without the interpreter, which kernels need to be compiled for real GPUs.
+- `JAX_BRIDGE_TEST_DEVICE=gpu pytest -m gpu`: on the local GPU, natively.
+"""
+
+from __future__ import annotations
+
+import os
+
+import hypothesis
+import pytest
+
+hypothesis.settings.register_profile(
+    "ci",
+    derandomize=True,
+    database=None,
+    deadline=None,
+    max_examples=10,
+    print_blob=True,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.data_too_large],
+)
+hypothesis.settings.register_profile("full", hypothesis.settings.get_profile("ci"), derandomize=False, max_examples=300)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+VIRTUAL_DEVICES = "--xla_force_host_platform_device_count=8"
+
+
+def _asks_for_compiling(config: pytest.Config) -> bool:
+    expression: str = config.option.markexpr
+    return "compile" in expression and "not compile" not in expression
+
+
+def _runs_on_gpu() -> bool:
+    return os.environ.get("JAX_BRIDGE_TEST_DEVICE") == "gpu"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Sets the environment. Test modules, and with them JAX and Triton, are imported later."""
+    if not _runs_on_gpu():
+        os.environ["JAX_PLATFORMS"] = "cpu"
+        flags = os.environ.get("XLA_FLAGS", "")
+        if "xla_force_host_platform_device_count" not in flags:
+            os.environ["XLA_FLAGS"] = f"{flags} {VIRTUAL_DEVICES}".strip()
+        if _asks_for_compiling(config):
+            os.environ.pop("TRITON_INTERPRET", None)
+        else:
+            os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out what this run cannot execute: native tests without a GPU, compilations in the interpreter."""
+    unwanted = set()
+    if not _runs_on_gpu():
+        unwanted.add("gpu")
+    if not _asks_for_compiling(config):
+        unwanted.add("compile")
+    left_out = [item for item in items if any(item.get_closest_marker(name) for name in unwanted)]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]

@@ -1,0 +1,143 @@
+"""A row an implementation: which operation, on which platform, what it lacks, and where it runs.
+
+A new implementation is one line in `IMPLEMENTATIONS`. Everything in `test_matrix.py`, `test_fuzz.py` and
+`test_properties.py` then applies to it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jax_bridge
+from tests import quick_interpreter
+from tests.cases import OPERATIONS
+from tests.dense_form import Result
+from tests.inputs import POSITIONAL, Call
+from tests.poison import Array
+
+ON_GPU = os.environ.get("JAX_BRIDGE_TEST_DEVICE") == "gpu"
+
+FULL = ON_GPU or os.environ.get("HYPOTHESIS_PROFILE") == "full"
+"""Whether the matrix runs every case in every dtype."""
+
+MARKS = [pytest.mark.gpu] if ON_GPU else []
+"""The `pytestmark` of a module whose tests run on whatever device the run is for."""
+
+CPU = "cpu"
+INTERPRETER = "interpreter"
+GPU = "gpu"
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One platform of one operation."""
+
+    operation: str
+    platform: str
+    runs_on: frozenset[str]
+    lacks: frozenset[str] = frozenset()
+    """Features, by argument name, that it must refuse with NotImplementedError."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.operation}[{self.platform}]"
+
+    @property
+    def interpreted(self) -> bool:
+        return not ON_GPU and INTERPRETER in self.runs_on
+
+    def __str__(self) -> str:
+        return self.name
+
+    def runs_here(self) -> bool:
+        """Whether the machine and the mode of this test run can execute it."""
+        if self.platform == "triton" and importlib.util.find_spec("triton") is None:
+            return False
+        return GPU in self.runs_on if ON_GPU else bool(self.runs_on & {CPU, INTERPRETER})
+
+    def __call__(self, call: Call, **options: Any) -> Result:
+        """The answers as float64 rows, after a check of their shapes and dtypes."""
+        return as_result(call, self.raw(call, **options))
+
+    def raw(self, call: Call, **options: Any) -> Any:
+        """What the operation itself answers; `options` go to it beside those of the call."""
+        function: Callable[..., Any] = getattr(jax_bridge, self.operation)
+        arrays, keywords = arguments(call)
+        return function(*arrays, **keywords, **{"platform": self.platform, **options})
+
+
+def to_device(array: Array | None) -> Any:
+    return None if array is None else jnp.asarray(array)
+
+
+def arguments(call: Call) -> tuple[list[Any], dict[str, Any]]:
+    """Positional and keyword arguments of a call of `jax_bridge`."""
+    keywords: dict[str, Any] = {**call.options, **{k: to_device(v) for k, v in call.keyword_arrays().items()}}
+    if call.operation == "attention":
+        keywords.pop("mask", None)
+        segments = [keywords.pop(name, None) for name in ("q_segment_ids", "kv_segment_ids")]
+        if segments[0] is not None:
+            keywords["mask_info"] = jax_bridge.MaskInfo.from_segments(*segments)
+        elif call.arrays["mask"] is not None:
+            keywords["mask_info"] = jax_bridge.MaskInfo.from_attention_mask(to_device(call.arrays["mask"]))
+    return [to_device(array) for array in call.positional()], keywords
+
+
+def as_result(call: Call, answer: Any) -> Result:
+    """Checks what every answer must be, whatever its values, and flattens it to rows."""
+    case = call.case
+    query_shape = call.array(POSITIONAL[call.operation][0]).shape
+    expected: list[tuple[str, tuple[int, ...], str]] = [("out", (*query_shape[:-1], case.value_dim), case.dtype)]
+    if case.return_lse:
+        expected.append(("lse", query_shape[:-1], "float32"))
+    if case.return_weights:
+        shape = (case.batch, case.num_q_heads, case.query_lens[0], case.kv_lens[0])
+        expected.append(("weights", shape, case.dtype))
+    parts = answer if isinstance(answer, tuple) else (answer,)
+    got = [(np.shape(part), part.dtype.name) for part in parts]
+    if got != [(shape, dtype) for _, shape, dtype in expected]:
+        raise AssertionError(f"{call.operation} answered {got}, expected {expected}")
+    return rows_of(call, *parts)
+
+
+def rows_of(call: Call, out: Any, second: Any = None) -> Result:
+    """Answers in the shapes of the operation, as float64 rows."""
+    case = call.case
+    rows = np.asarray(out).astype(np.float64).reshape(-1, case.num_q_heads, case.value_dim)
+    if second is None:
+        return Result(rows)
+    other = np.asarray(second).astype(np.float64)
+    if case.return_lse:
+        return Result(rows, lse=other.reshape(-1, case.num_q_heads))
+    return Result(rows, weights=other.transpose(0, 2, 1, 3).reshape(-1, case.num_q_heads, case.kv_lens[0]))
+
+
+def _row(operation: str, platform: str, *runs_on: str, lacks: frozenset[str] = frozenset()) -> Implementation:
+    return Implementation(operation, platform, frozenset(runs_on), lacks)
+
+
+IMPLEMENTATIONS: tuple[Implementation, ...] = (
+    *(_row(operation, "xla", CPU, GPU) for operation in OPERATIONS),
+    _row("page_attention", "triton", INTERPRETER, GPU),
+)
+"""The attention operations. Cache writes and merging have their own tables: they are no attention."""
+
+CACHE_WRITERS: tuple[str, ...] = ("xla",)
+MERGERS: tuple[str, ...] = ("xla",)
+
+
+def implementations_of(*operations: str) -> tuple[Implementation, ...]:
+    """The rows that run here, of some operations or of all."""
+    return tuple(row for row in IMPLEMENTATIONS if row.runs_here() and (not operations or row.operation in operations))
+
+
+if any(row.interpreted for row in implementations_of()):
+    quick_interpreter.install()

@@ -1,0 +1,73 @@
+"""`check_values` and `explain`."""
+
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+import jax_bridge
+from jax_bridge.registry import OPERATIONS as OBJECTS
+from tests.small_calls import (
+    OPERATIONS,
+    S,
+    arguments,
+    call,
+)
+
+BAD_VALUES = [
+    ("page_attention", {"context_lens": [13, -1]}, ("context_lens[0] is 13", "at most 12", "context_lens[1] is -1")),
+    ("page_attention", {"block_tables": [[0, 6, 9], [-1, 9, 9]]}, ("[0, 1] is 6", "[0, 2] is 9", "[1, 0] is -1")),
+    ("page_attention", {"max_context_len": 8}, ("context_lens[0] is 9", "max_context_len = 8")),
+    ("prefill_page_attention", {"page_indices": [0, 1, 77]}, ("page_indices[2] is 77", "from 0 to 5")),
+    ("prefill_page_attention", {"context_len": [20]}, ("context_len[0] is 20", "at most 12")),
+    ("unified_attention", {"query_start_loc": [3, 0, 9]}, ("[1] is 0, expected at least 3", "[2] is 9", "5 rows")),
+    ("unified_attention", {"kv_lens": [-2, 40]}, ("kv_lens[0] is -2", "kv_lens[1] is 40")),
+    ("ragged_decode_attention", {"sequence_end": [9, 5]}, ("sequence_end[0] is 9", "L = 8")),
+    ("ragged_decode_attention", {"sequence_start": [-1, 0]}, ("sequence_start[0] is -1",)),
+    ("write_kv_pages", {"slot_mapping": [3, 3, -1, 24, 5]}, ("[1] is 3, the slot of token 0", "[3] is 24", "24 slots")),
+    ("page_attention", {"k_scale": float("nan")}, ("k_scale holds [nan]", "finite")),
+]
+
+
+@pytest.mark.parametrize(("operation", "changes", "fragments"), BAD_VALUES)
+def test_check_values_lists_every_problem(operation: str, changes: dict[str, Any], fragments: tuple[str, ...]) -> None:
+    changed = {name: np.asarray(value) if isinstance(value, list) else value for name, value in changes.items()}
+    with pytest.raises(ValueError, match=rf"^{operation}: \d+ problems\n- ") as raised:
+        call(lambda *a, **k: jax_bridge.check_values(operation, *a, **k), operation, arguments(operation), **changed)
+    missing = [fragment for fragment in fragments if fragment not in str(raised.value)]
+    assert not missing, str(raised.value)
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_check_values_accepts_good_calls(operation: str) -> None:
+    named = arguments(operation)
+    if "slot_mapping" in named:
+        named["slot_mapping"] = np.asarray([3, -1, 9, 20, -1])
+    for op in (operation, getattr(jax_bridge, operation), OBJECTS[operation], type(OBJECTS[operation])):
+        assert call(lambda *a, op=op, **k: jax_bridge.check_values(op, *a, **k), operation, named) is None
+
+
+def test_check_values_ignores_what_is_unused() -> None:
+    tables = np.asarray([[-9, 1, 2], [3, 99, -7]])
+    named = arguments("page_attention") | {"block_tables": tables}
+    assert call(jax_bridge.check_values, "page_attention", named, op="page_attention", sliding_window=4) is None
+
+
+def test_check_values_needs_concrete_arrays() -> None:
+    named = arguments("page_attention")
+    with pytest.raises(TypeError, match=r"page_attention: context_lens is a traced value.*expected a concrete array"):
+        jax.jit(lambda lens: jax_bridge.check_values("page_attention", **(named | {"context_lens": lens})))(
+            np.ones(S, int)
+        )
+    with pytest.raises(ValueError, match="op is 'paged', expected an operation or one of the names page_attention"):
+        jax_bridge.check_values("paged")
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_explain_names_the_choice(operation: str) -> None:
+    named = {name: jax.ShapeDtypeStruct(a.shape, a.dtype) for name, a in arguments(operation).items()}
+    explained = call(lambda *a, **k: jax_bridge.explain(operation, *a, **k), operation, named)
+    assert explained.platform == {"cpu": "xla"}.get(jax.default_backend(), explained.platform)
+    assert f"{operation}[{explained.platform}]" in str(explained)
+    assert f"{jax.default_backend()} backend" in str(explained)

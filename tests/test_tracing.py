@@ -1,0 +1,230 @@
+"""Operations under JAX's transformations; one program serves every value of lengths, tables and scales."""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jax_bridge
+from jax_bridge.registry import OPERATIONS as OBJECTS
+from tests.small_calls import HQ, KEYS, OPERATIONS, PS, QUERIES, D, P, S, arguments, assert_close, optional_arrays, run
+
+RUNNABLE = ("xla", "triton")  # on the CPU, the latter in Triton's interpreter
+CALLS = [
+    (name, row.platform) for name in OPERATIONS for row in OBJECTS[name].implementations if row.platform in RUNNABLE
+]
+
+
+def every_array(operation: str, seed: int) -> dict[str, Any]:
+    """All arrays of a call, the optional ones too, on the device."""
+    return jax.device_put(arguments(operation, seed) | optional_arrays(operation, seed))
+
+
+@contextlib.contextmanager
+def compilations() -> Iterator[list[str]]:
+    """Collects an entry for every program that XLA compiles inside."""
+    compiled: list[str] = []
+    is_open = True
+
+    def listen(event: str, duration: float, **_: Any) -> None:
+        del duration
+        if is_open and event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield compiled
+    is_open = False
+
+
+@pytest.mark.parametrize(("operation", "platform"), CALLS)
+def test_one_program_serves_every_value(operation: str, platform: str) -> None:
+    """Under `jit` with every array traced, and eagerly, calls that differ in values compile once and are right."""
+    inputs = [every_array(operation, seed) for seed in range(4)]
+
+    @jax.jit
+    def jitted(named: Mapping[str, Any]) -> Any:
+        return run(operation, named, platform=platform)
+
+    first = [
+        jax.block_until_ready(call(inputs[0]))
+        for call in (jitted, lambda named: run(operation, named, platform=platform))
+    ]
+    assert_close(*first)
+    with compilations() as compiled:
+        answers = [(jitted(named), run(operation, named, platform=platform)) for named in inputs[1:]]
+        jax.block_until_ready(answers)
+    assert not compiled
+    assert any(
+        np.any(np.asarray(left) != np.asarray(right))
+        for left, right in zip(jax.tree.leaves(first[0]), jax.tree.leaves(answers[0][0]), strict=True)
+    )
+    for inside, outside in answers:
+        assert_close(inside, outside)
+
+
+@pytest.mark.parametrize(
+    ("operation", "argument"), [("prefill_page_attention", "context_len"), ("page_attention", "k_scale")]
+)
+def test_python_numbers_that_are_data_compile_nothing_new(operation: str, argument: str) -> None:
+    named = jax.device_put(arguments(operation))
+    convert = int if argument == "context_len" else float
+    before = run(operation, named, **{argument: convert(3)})
+    with compilations() as compiled:
+        after = run(operation, named, **{argument: convert(7)})
+    assert not compiled
+    assert np.any(before != after)
+    assert_close(
+        after, run(operation, named, **{argument: np.asarray([7], np.int32 if convert is int else np.float32)})
+    )
+
+
+@pytest.mark.parametrize(("operation", "platform"), CALLS)
+def test_scan(operation: str, platform: str) -> None:
+    inputs = [every_array(operation, seed) for seed in range(3)]
+    stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), *inputs)
+    _, answers = jax.jit(
+        lambda xs: jax.lax.scan(lambda c, named: (c, run(operation, named, platform=platform)), 0, xs)
+    )(stacked)
+    for place, named in enumerate(inputs):
+        assert_close(jax.tree.map(lambda a, place=place: a[place], answers), run(operation, named, platform=platform))
+
+
+@pytest.mark.parametrize(("operation", "platform"), CALLS)
+@pytest.mark.parametrize("shared", [(), ("key_cache", "value_cache", "key", "value", "lse_a")], ids=["all", "some"])
+def test_vmap(operation: str, platform: str, shared: tuple[str, ...]) -> None:
+    """Every array mapped, and with arrays that all members share."""
+    inputs = [every_array(operation, seed) for seed in range(2)]
+    inputs[1] |= {name: inputs[0][name] for name in shared if name in inputs[0]}
+    stacked = {
+        name: array if name in shared else jnp.stack([named[name] for named in inputs])
+        for name, array in inputs[0].items()
+    }
+    axes = {name: None if name in shared else 0 for name in stacked}
+    answers = jax.vmap(lambda named: run(operation, named, platform=platform), in_axes=(axes,))(stacked)
+    for place, named in enumerate(inputs):
+        assert_close(jax.tree.map(lambda a, place=place: a[place], answers), run(operation, named, platform=platform))
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_export_round_trip(operation: str) -> None:
+    named = every_array(operation, 0)
+    shapes = {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in named.items()}
+    jitted = jax.jit(lambda named: run(operation, named, platform="xla"))
+    exported = jax.export.export(jitted, platforms=["cpu", "cuda", "tpu"])(shapes)
+    again = jax.export.deserialize(exported.serialize())
+    assert_close(again.call(every_array(operation, 1)), run(operation, every_array(operation, 1), platform="xla"))
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("dtype", [np.int8, np.uint32, np.int64, np.uint64])
+def test_index_dtypes(operation: str, dtype: Any) -> None:
+    """Any integer dtype; what int32 cannot hold stays out of range instead of wrapping round."""
+    named = arguments(operation)
+    indices = {name: array.clip(0, 100) for name, array in named.items() if array.dtype == np.int32}
+    if not indices:
+        return
+    converted = {name: array.astype(dtype) for name, array in indices.items()}
+    if operation == "write_kv_pages" and dtype == np.int64:
+        converted["slot_mapping"][0] = indices["slot_mapping"][0] = 2**31 - 1
+        converted["slot_mapping"][0] = 2**32 + 1
+    assert_close(run(operation, named | converted), run(operation, named | indices))
+
+
+@pytest.mark.parametrize(
+    ("operation", "argument", "shape"),
+    [
+        ("page_attention", "query", (0, HQ, D)),
+        ("prefill_page_attention", "query", (0, HQ, D)),
+        ("unified_attention", "queries", (0, HQ, D)),
+        ("ragged_decode_attention", "query", (0, HQ, D)),
+        ("attention", "query", (S, 0, HQ, D)),
+    ],
+)
+def test_empty_calls(operation: str, argument: str, shape: tuple[int, ...]) -> None:
+    named = arguments(operation) | {argument: np.zeros(shape, np.float32)}
+    if operation in ("page_attention", "ragged_decode_attention"):
+        rows = {"context_lens", "block_tables", "key", "value", "sequence_start", "sequence_end"}
+        named |= {name: named[name][:0] for name in rows & named.keys()}
+    second = {"return_weights": True} if operation == "attention" else {"return_lse": True}
+    out, extra = run(operation, named, **second)
+    assert out.shape == shape
+    assert extra.shape == ((S, HQ, 0, KEYS) if operation == "attention" else shape[:-1])
+
+
+def test_four_axes_of_a_ragged_query() -> None:
+    named = arguments("ragged_decode_attention")
+    flat = run("ragged_decode_attention", named, return_lse=True)
+    out, lse = run("ragged_decode_attention", named | {"query": named["query"][:, None]}, return_lse=True)
+    assert out.shape == (S, 1, HQ, D)
+    assert lse.shape == (S, 1, HQ)
+    assert_close((out[:, 0], lse[:, 0]), flat)
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_gradients_on_xla(operation: str) -> None:
+    """Against central differences, along a random direction, with everything that must not matter poisoned."""
+    named = poisoned(operation)
+    extra = {"dtype": jnp.float32} if operation == "attention" else {}
+    wanted = [name for name, array in named.items() if array.dtype == np.float32]
+    rng = np.random.default_rng(5)
+
+    def loss(floats: Mapping[str, Any]) -> jax.Array:
+        answers = jax.tree.leaves(run(operation, {**named, **floats}, platform="xla", **extra))
+        return jnp.sum(jnp.stack([jnp.sum(jnp.sin(jnp.nan_to_num(answer))) for answer in answers]))
+
+    floats = {name: jnp.asarray(named[name]) for name in wanted}
+    gradients = jax.jit(jax.grad(loss))(floats)
+    direction = {
+        name: np.where(np.isnan(a), 0, rng.normal(size=a.shape)).astype(np.float32) for name, a in floats.items()
+    }
+    step = 1e-2
+    ahead, behind = (loss({n: a + sign * step * direction[n] for n, a in floats.items()}) for sign in (1, -1))
+    expected = float(ahead - behind) / (2 * step)
+    got = sum(float(jnp.sum(gradients[name] * direction[name])) for name in wanted)
+    assert got == pytest.approx(expected, rel=2e-2, abs=2e-2)
+
+
+def poisoned(operation: str) -> dict[str, Any]:
+    """NaN in the cache slots that no length covers; a row without keys."""
+    named = arguments(operation)
+    if operation == "page_attention":
+        named["context_lens"] = np.asarray([9, 0], np.int32)
+        used = {(int(named["block_tables"][0, t // PS]), t % PS) for t in range(9)}
+        unused = [(page, slot) for page in range(P) for slot in range(PS) if (page, slot) not in used]
+        for cache in ("key_cache", "value_cache"):
+            for page, slot in unused:
+                named[cache][page, :, slot] = np.nan
+    if operation == "ragged_decode_attention":
+        named["sequence_end"] = np.asarray([6, 2], np.int32)
+        for dense in ("key", "value"):
+            named[dense][0, 6:] = np.nan
+            named[dense][1] = np.nan
+    return named
+
+
+def test_caches_are_written_in_place_under_donation() -> None:
+    # Copies of JAX's own: memory borrowed from numpy cannot be donated.
+    named = {name: jnp.array(array) for name, array in arguments("write_kv_pages").items()}
+    expected = run("write_kv_pages", named)
+    write = jax.jit(jax_bridge.write_kv_pages, donate_argnums=(2, 3))
+    pointers = [named[name].unsafe_buffer_pointer() for name in ("key_cache", "value_cache")]
+    written = write(*named.values())
+    assert [array.unsafe_buffer_pointer() for array in written] == pointers
+    assert named["key_cache"].is_deleted()
+    assert_close(written, expected)
+
+
+def test_mask_info_is_a_pytree() -> None:
+    info = jax_bridge.MaskInfo.from_segments(np.asarray([[0, 0, 1]]), np.asarray([[0, 1, 1, -1]]))
+    mask = jax.jit(lambda info: info.get_or_compute_attention_mask())(info)
+    expected = [[True, False, False, False], [True, False, False, False], [False, True, True, False]]
+    np.testing.assert_array_equal(mask[0, 0], expected)
+    padded = jax_bridge.MaskInfo.from_segments(np.full((1, QUERIES), -1), np.full((1, KEYS), -1))
+    assert not np.any(padded.get_or_compute_attention_mask())
+    named = {name: array[:1] for name, array in arguments("attention").items()}
+    assert not np.any(run("attention", named, mask_info=padded))
