@@ -1,0 +1,269 @@
+"""A small Llama-style decoder over a paged KV cache: grouped queries, rotary positions, RMSNorm, SwiGLU.
+
+One call computes one step of the replay. The caches of all layers lie in one array, `[layers * P, ps, Hkv, D]`: layer
+`l` uses pages `l * P ...`. So the scan over the layers carries one buffer that is updated in place; caches sliced a
+layer at a time would be copied whole in every step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jax_bridge import page_attention, prefill_page_attention, write_kv_pages
+
+KV_LAYOUT = "PTHD"
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape of the decoder."""
+
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    vocabulary: int
+    dtype: str
+    rope_base: float = 10000.0
+    norm_epsilon: float = 1e-5
+
+
+class LayerWeights(NamedTuple):
+    """Weights of all layers, stacked along a leading axis of length `layers`."""
+
+    attention_norm: Array  # [hidden]
+    query: Array  # [hidden, Hq * D]
+    key: Array  # [hidden, Hkv * D]
+    value: Array  # [hidden, Hkv * D]
+    output: Array  # [Hq * D, hidden]
+    mlp_norm: Array  # [hidden]
+    gate: Array  # [hidden, intermediate]
+    up: Array  # [hidden, intermediate]
+    down: Array  # [intermediate, hidden]
+
+
+class Weights(NamedTuple):
+    embedding: Array  # [vocabulary, hidden]
+    layers: LayerWeights
+    final_norm: Array  # [hidden]
+    unembedding: Array  # [hidden, vocabulary]
+
+
+class Caches(NamedTuple):
+    """K and V of every layer, each `[layers * P, ps, Hkv, D]`."""
+
+    key: Array
+    value: Array
+
+
+class StepInputs[Integers](NamedTuple):
+    """One step: `B` decoding rows, then `C` rows of one chunk, right-aligned (its padding comes first).
+
+    A padding row has slot -1 and, among the decoding rows, length 0. On the host the arrays are numpy's.
+    """
+
+    tokens: Integers  # int32 [B + C]
+    positions: Integers  # int32 [B + C]
+    slots: Integers  # int32 [B + C], page * ps + offset
+    context_lens: Integers  # int32 [B], the new token included
+    block_tables: Integers  # int32 [B, MP]
+    chunk_context_len: Integers  # int32 [1], the chunk included
+    chunk_pages: Integers  # int32 [MP]
+
+
+class StepOutputs(NamedTuple):
+    """The greedy token and its logit, of the `B` decoding rows and then of the chunk's last row, each `[B + 1]`."""
+
+    tokens: Array
+    logits: Array
+
+
+class StepProbe(NamedTuple):
+    """Queries and attention outputs of every layer of a step, `[layers, B + C, Hq, D]`."""
+
+    queries: Array
+    outputs: Array
+
+
+def init_weights(config: ModelConfig, seed: int) -> Weights:
+    """Random weights that keep activations and logits near unit size."""
+
+    def build(key: Array) -> Weights:
+        keys = iter(jax.random.split(key, 9))
+
+        def normal(*shape: int, fan_in: int) -> Array:
+            return (jax.random.normal(next(keys), shape, jnp.float32) / fan_in**0.5).astype(config.dtype)
+
+        layers, hidden, intermediate = config.layers, config.hidden, config.intermediate
+        query_width, kv_width = config.heads * config.head_dim, config.kv_heads * config.head_dim
+        return Weights(
+            embedding=normal(config.vocabulary, hidden, fan_in=1),
+            layers=LayerWeights(
+                attention_norm=jnp.ones((layers, hidden), config.dtype),
+                query=normal(layers, hidden, query_width, fan_in=hidden),
+                key=normal(layers, hidden, kv_width, fan_in=hidden),
+                value=normal(layers, hidden, kv_width, fan_in=hidden),
+                output=normal(layers, query_width, hidden, fan_in=query_width),
+                mlp_norm=jnp.ones((layers, hidden), config.dtype),
+                gate=normal(layers, hidden, intermediate, fan_in=hidden),
+                up=normal(layers, hidden, intermediate, fan_in=hidden),
+                down=normal(layers, intermediate, hidden, fan_in=intermediate),
+            ),
+            final_norm=jnp.ones((hidden,), config.dtype),
+            unembedding=normal(hidden, config.vocabulary, fan_in=hidden),
+        )
+
+    return jax.jit(build)(jax.random.key(seed, impl="rbg"))  # this generator compiles in a fraction of the time
+
+
+def init_caches(config: ModelConfig, num_pages: int, page_size: int) -> Caches:
+    """Empty caches."""
+    shape = (config.layers * num_pages, page_size, config.kv_heads, config.head_dim)
+    return Caches(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype))
+
+
+def attend_step(queries: Array, caches: Caches, inputs: StepInputs[Array], platform: str) -> Array:
+    """Attention of one layer's step: the one place that says which operation serves which rows.
+
+    Args:
+        queries: `[B + C, Hq, D]`.
+        caches: of all layers; the tables in `inputs` name this layer's pages.
+        inputs: the step.
+        platform: of `page_attention`. Chunks have no Triton operation yet and take "auto" in its place.
+
+    Returns:
+        `[B + C, Hq, D]`.
+    """
+    num_decodes = inputs.context_lens.shape[0]
+    decoded = page_attention(
+        queries[:num_decodes],
+        caches.key,
+        caches.value,
+        inputs.context_lens,
+        inputs.block_tables,
+        kv_layout=KV_LAYOUT,
+        platform=platform,
+    )
+    if queries.shape[0] == num_decodes:
+        return decoded
+    chunk = prefill_page_attention(
+        queries[num_decodes:],
+        caches.key,
+        caches.value,
+        inputs.chunk_context_len,
+        inputs.chunk_pages,
+        kv_layout=KV_LAYOUT,
+        platform="auto" if platform == "triton" else platform,
+    )
+    return jnp.concatenate([decoded, chunk])
+
+
+def shift_to_layer(inputs: StepInputs[Array], layer: Array | int, num_pages: int, page_size: int) -> StepInputs[Array]:
+    """The same step with slots and tables that name the pages of `layer`."""
+    first_page = layer * num_pages
+    return inputs._replace(
+        slots=jnp.where(inputs.slots < 0, -1, inputs.slots + first_page * page_size),
+        block_tables=inputs.block_tables + first_page,
+        chunk_pages=inputs.chunk_pages + first_page,
+    )
+
+
+def serve_step(
+    weights: Weights, caches: Caches, inputs: StepInputs[Array], *, config: ModelConfig, platform: str
+) -> tuple[Caches, StepOutputs]:
+    """Compute one step: write the new K/V, attend, pick the next tokens. Meant to be jitted with `caches` donated."""
+    caches, hidden, _ = _run_layers(weights, caches, inputs, config, platform, observe=lambda queries, outputs: None)
+    num_decodes = inputs.context_lens.shape[0]
+    sampled = jnp.concatenate([hidden[:num_decodes], hidden[-1:]])
+    normed = _rms_norm(sampled, weights.final_norm, config.norm_epsilon)
+    logits = _project(normed, weights.unembedding).astype(jnp.float32)
+    return caches, StepOutputs(jnp.argmax(logits, axis=-1).astype(jnp.int32), jnp.max(logits, axis=-1))
+
+
+def probe_step(
+    weights: Weights, caches: Caches, inputs: StepInputs[Array], *, config: ModelConfig, platform: str
+) -> tuple[Caches, StepProbe]:
+    """`serve_step`, answering what goes into and comes out of attention in every layer."""
+    caches, _, probe = _run_layers(weights, caches, inputs, config, platform, observe=StepProbe)
+    return caches, probe
+
+
+def attention_only(
+    queries: Array, caches: Caches, inputs: StepInputs[Array], *, config: ModelConfig, platform: str
+) -> Array:
+    """The attention calls of a step and nothing else; each layer's output is the next one's query."""
+    num_pages, page_size = caches.key.shape[0] // config.layers, caches.key.shape[1]
+
+    def attend_layer(queries: Array, layer: Array) -> tuple[Array, None]:
+        return attend_step(queries, caches, shift_to_layer(inputs, layer, num_pages, page_size), platform), None
+
+    return lax.scan(attend_layer, queries, jnp.arange(config.layers, dtype=jnp.int32))[0]
+
+
+def _run_layers[Observed](
+    weights: Weights,
+    caches: Caches,
+    inputs: StepInputs[Array],
+    config: ModelConfig,
+    platform: str,
+    *,
+    observe: Callable[[Array, Array], Observed],
+) -> tuple[Caches, Array, Observed]:
+    """Caches, the last hidden state, and what `observe` makes of each layer's attention queries and outputs."""
+    num_pages, page_size = caches.key.shape[0] // config.layers, caches.key.shape[1]
+
+    def run_layer(
+        carry: tuple[Array, Caches], layer: tuple[LayerWeights, Array]
+    ) -> tuple[tuple[Array, Caches], Observed]:
+        hidden, caches = carry
+        weights, index = layer
+        here = shift_to_layer(inputs, index, num_pages, page_size)
+        normed = _rms_norm(hidden, weights.attention_norm, config.norm_epsilon)
+        queries = _rotate(_split_heads(_project(normed, weights.query), config.heads), here.positions, config.rope_base)
+        keys = _rotate(_split_heads(_project(normed, weights.key), config.kv_heads), here.positions, config.rope_base)
+        values = _split_heads(_project(normed, weights.value), config.kv_heads)
+        caches = Caches(*write_kv_pages(keys, values, caches.key, caches.value, here.slots, kv_layout=KV_LAYOUT))
+        attended = attend_step(queries, caches, here, platform)
+        hidden = hidden + _project(attended.reshape(hidden.shape[0], -1), weights.output)
+        normed = _rms_norm(hidden, weights.mlp_norm, config.norm_epsilon)
+        gated = jax.nn.silu(_project(normed, weights.gate)) * _project(normed, weights.up)
+        hidden = hidden + _project(gated, weights.down)
+        return (hidden, caches), observe(queries, attended)
+
+    layers = (weights.layers, jnp.arange(config.layers, dtype=jnp.int32))
+    (hidden, caches), probes = lax.scan(run_layer, (weights.embedding[inputs.tokens], caches), layers)
+    return caches, hidden, probes
+
+
+def _project(rows: Array, matrix: Array) -> Array:
+    # On a GPU the default for float32 is TF32, far coarser than the attention it feeds.
+    precision = lax.Precision.HIGHEST if rows.dtype == jnp.float32 else None
+    return jnp.matmul(rows, matrix, precision=precision)
+
+
+def _split_heads(rows: Array, heads: int) -> Array:
+    return rows.reshape(rows.shape[0], heads, -1)
+
+
+def _rms_norm(rows: Array, weight: Array, epsilon: float) -> Array:
+    wide = rows.astype(jnp.float32)
+    scale = lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + epsilon)
+    return (wide * scale).astype(rows.dtype) * weight
+
+
+def _rotate(heads: Array, positions: Array, base: float) -> Array:
+    """Rotary positions, first half of the dims paired with the second: `[T, H, D]` with `positions` `[T]`."""
+    half = heads.shape[-1] // 2
+    frequencies = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angles = positions.astype(jnp.float32)[:, None, None] * frequencies
+    cosine, sine = jnp.cos(angles), jnp.sin(angles)
+    first, second = jnp.split(heads.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cosine - second * sine, second * cosine + first * sine], -1).astype(heads.dtype)

@@ -1,0 +1,222 @@
+"""Times of JAX computations on a device whose caches must not serve what a real program would read from memory."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import itertools
+import math
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+MAX_IN_FLIGHT = 24  # JAX blocks the host at 32 computations in flight, which would be read as a slow host
+DISTRIBUTIONS = ("jax", "jaxlib", "jax-cuda13-plugin", "jax-triton", "triton", "numpy", "torch")
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds a call: the median over repeats, and the 10th and 90th percentile."""
+
+    median: float
+    low: float
+    high: float
+    host: float
+    """Seconds a call that the host needed to enqueue the work; near `median` the host was the bottleneck."""
+
+    @classmethod
+    def of(cls, samples: Sequence[float], host: float = 0.0) -> Timing:
+        low, median, high = (float(x) for x in np.quantile(samples, (0.1, 0.5, 0.9)))
+        return cls(median, low, high, host)
+
+    @property
+    def host_bound(self) -> bool:
+        return self.host > 0.85 * self.median
+
+
+@dataclass
+class Program:
+    """Several calls compiled into one executable, and the groups of arguments that it takes in turn.
+
+    Every execution donates the outputs of the one before, as a serving loop does: addresses stay the same, so that XLA
+    replays its command buffers instead of recording them anew.
+    """
+
+    compiled: Callable[..., Any]
+    shared: tuple[Any, ...]
+    chunks: Sequence[tuple[tuple[Any, ...], ...]]
+    outputs: tuple[Any, ...]
+
+    @property
+    def calls(self) -> int:
+        return len(self.chunks[0])
+
+    def run(self, index: int) -> tuple[Any, ...]:
+        """Enqueue the program on its `index`-th group of arguments; its outputs, valid until the next run."""
+        self.outputs = self.compiled(self.shared, self.chunks[index % len(self.chunks)], self.outputs)
+        return self.outputs
+
+
+def compile_program(
+    fn: Callable[..., Any],
+    argument_sets: Sequence[tuple[Any, ...]],
+    *,
+    shared: tuple[Any, ...] = (),
+    calls_per_program: int | None = None,
+) -> Program:
+    """Compile one program that calls `fn(*shared, *arguments)` for `calls_per_program` argument sets.
+
+    Every output is an output of the program, so nothing is dead code; the sets have to be distinct arrays, or else the
+    compiler may merge equal calls.
+
+    Args:
+        fn: traceable function.
+        argument_sets: one tuple of arrays for each call; all of the same shapes.
+        shared: leading arguments that every call gets, such as a cache.
+        calls_per_program: calls in one program; default: all sets. The program runs on one group of sets after another.
+
+    Raises:
+        ValueError: the number of sets is not a positive multiple of `calls_per_program`.
+    """
+    calls = len(argument_sets) if calls_per_program is None else calls_per_program
+    if calls < 1 or not argument_sets or len(argument_sets) % calls:
+        raise ValueError(f"{len(argument_sets)} argument sets cannot be split into programs of {calls} calls")
+    chunks = [tuple(argument_sets[start : start + calls]) for start in range(0, len(argument_sets), calls)]
+    inner = jax.jit(fn)  # traced and lowered once for all calls of the program
+
+    def program(common: tuple[Any, ...], sets: tuple[tuple[Any, ...], ...], reused: Any) -> tuple[Any, ...]:
+        del reused
+        return tuple(inner(*common, *arguments) for arguments in sets)
+
+    shapes = jax.eval_shape(functools.partial(program, reused=None), shared, chunks[0])
+    outputs = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
+    step = jax.jit(program, donate_argnames="reused", keep_unused=True)
+    return Program(step.lower(shared, chunks[0], outputs).compile(), shared, chunks, outputs)
+
+
+def measure(
+    enqueue: Callable[[int], Any],
+    *,
+    calls: int = 1,
+    repeats: int = 20,
+    sample_seconds: float = 0.03,
+    warm_up: int = 3,
+) -> Timing:
+    """Time `enqueue(index)`, which starts device work and returns arrays to wait for.
+
+    A sample is what twice as many executions, enqueued back to back, take longer than once as many. So neither the time
+    until the device starts on the first one nor the way back to the host counts, which CUDA events leave out too.
+
+    Args:
+        enqueue: called with 0, 1, 2, ...; must not wait for the device.
+        calls: timed calls in one execution.
+        repeats: samples.
+        sample_seconds: aimed length of a sample.
+        warm_up: executions before anything is timed.
+    """
+    executions = itertools.count()
+
+    def batch(size: int) -> tuple[float, float]:
+        start = time.perf_counter()
+        result = None
+        for _ in range(size):
+            result = enqueue(next(executions))
+        enqueued = time.perf_counter()
+        jax.block_until_ready(result)
+        return time.perf_counter() - start, enqueued - start
+
+    batch(warm_up)
+    single = batch(2)[0] / 2
+    size = min(max(math.ceil(sample_seconds / single), 1), MAX_IN_FLIGHT // 2)
+    batch(2 * size)
+    samples = [(batch(size), batch(2 * size)) for _ in range(repeats)]
+    per_call = size * calls
+    host = float(np.median([enqueued for _, (_, enqueued) in samples])) / (2 * per_call)
+    return Timing.of([(long - short) / per_call for (short, _), (long, _) in samples], host)
+
+
+def measure_program(program: Program, *, repeats: int = 20, sample_seconds: float = 0.03) -> Timing:
+    """Time one call of `program`, with as many warm-up executions as it has groups of arguments."""
+    return measure(
+        program.run,
+        calls=program.calls,
+        repeats=repeats,
+        sample_seconds=sample_seconds,
+        warm_up=max(3, len(program.chunks)),
+    )
+
+
+def time_jax(
+    fn: Callable[..., Any],
+    argument_sets: Sequence[tuple[Any, ...]],
+    *,
+    shared: tuple[Any, ...] = (),
+    calls_per_program: int | None = None,
+    repeats: int = 20,
+    sample_seconds: float = 0.03,
+) -> Timing:
+    """Time `fn(*shared, *arguments)` inside one jitted program; see `compile_program` and `measure`."""
+    program = compile_program(fn, argument_sets, shared=shared, calls_per_program=calls_per_program)
+    return measure_program(program, repeats=repeats, sample_seconds=sample_seconds)
+
+
+def copy_bandwidth(num_bytes: int = 1 << 30, *, repeats: int = 20, sample_seconds: float = 0.03) -> dict[str, float]:
+    """Bytes per second, read plus written, of copying `num_bytes` within the device, by two ways of XLA.
+
+    Returns:
+        `memcpy`: XLA's copy. `add`: an elementwise kernel.
+    """
+    source = jnp.arange(num_bytes // 4, dtype=jnp.uint32)
+    ways: dict[str, Callable[[jax.Array], jax.Array]] = {"memcpy": jnp.copy, "add": lambda array: array + jnp.uint32(1)}
+    rates = {}
+    for name, copy in ways.items():
+        # The donated destination lets executions follow each other without new allocations.
+        step = jax.jit(
+            lambda source, destination, copy=copy: copy(source), donate_argnames="destination", keep_unused=True
+        )
+        destination = jnp.zeros_like(source)
+
+        def enqueue(_: int, step: Callable[..., jax.Array] = step) -> jax.Array:
+            nonlocal destination
+            destination = step(source, destination)
+            return destination
+
+        timing = measure(enqueue, repeats=repeats, sample_seconds=sample_seconds)
+        rates[name] = 2 * source.nbytes / timing.median
+    return rates
+
+
+def describe_machine() -> dict[str, str]:
+    """The device, the host and the versions of what a timing depends on."""
+    device = jax.devices()[0]
+    facts = {
+        "device": device.device_kind,
+        "host": f"{platform.machine()}, Python {platform.python_version()}, {platform.platform()}",
+        "command": " ".join([f"python -m {_main_module()}", *sys.argv[1:]]),
+    }
+    if executable := shutil.which("nvidia-smi"):
+        query = [executable, "--query-gpu=name,driver_version,clocks.max.mem,power.limit", "--format=csv,noheader"]
+        answer = subprocess.run(query, capture_output=True, text=True, check=False)
+        facts["nvidia-smi"] = answer.stdout.strip()
+    versions = []
+    for name in DISTRIBUTIONS:
+        try:
+            versions.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    facts["versions"] = ", ".join(versions)
+    return facts
+
+
+def _main_module() -> str:
+    specification = getattr(sys.modules["__main__"], "__spec__", None)
+    return specification.name if specification else sys.argv[0]
