@@ -95,7 +95,7 @@ def launch(
     written = {parameter: output for parameter, output in outputs.items() if output is not None}
     absent = {parameter: None for parameter, output in outputs.items() if output is None}
     if interpreting():
-        return _interpret(kernel, written, {**operands, **absent}, constants, num_programs)
+        return _varying(operands, _interpret(kernel, written, {**operands, **absent}, constants, num_programs))
 
     ordered = [parameter for parameter in kernel.arg_names if parameter in written]
     results = _jax_triton().triton_call(
@@ -111,7 +111,17 @@ def launch(
         **absent,
         **constants,
     )
-    return dict(zip(ordered, results, strict=True))
+    return _varying(operands, dict(zip(ordered, results, strict=True)))
+
+
+def _varying(operands: Mapping[str, jax.Array | None], results: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Results marked as varying over the axes of `shard_map` that any operand varies over; calls leave that out."""
+    types = [jax.typeof(array) for array in operands.values() if array is not None]
+    # Named `vma` before jax 0.11.2.
+    axes = frozenset().union(*(t.vma if hasattr(t, "vma") else t.manual_axis_type.varying for t in types))
+    if not axes:
+        return results
+    return {name: jax.lax.pcast(array, tuple(sorted(axes)), to="varying") for name, array in results.items()}
 
 
 def kernel_operation(name: str, function: Callable[..., Any]) -> Callable[..., Any]:

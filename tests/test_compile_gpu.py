@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.export
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from triton.backends.compiler import GPUTarget
 
@@ -165,3 +167,47 @@ def test_running_on_a_cpu_without_the_interpreter_says_what_to_do() -> None:
     call = functools.partial(jax_bridge.page_attention, **keywords, platform="triton")
     with pytest.raises(NotImplementedError, match=r"does not support CPU devices; set TRITON_INTERPRET=1"):
         jax.jit(call).trace(*arrays).lower()
+
+
+class TestTransformations:
+    """Programs around the kernels, lowered for CUDA from this host."""
+
+    @staticmethod
+    def kernel_calls(function: Any, *arguments: Any) -> int:
+        lowered = jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",))
+        return lowered.as_text().count("@triton_kernel_call_ffi")
+
+    def test_vmap_is_a_loop(self) -> None:
+        (query, *others), _ = Variant("vmap", LLAMA).arguments()
+        queries = jax.ShapeDtypeStruct((3, *query.shape), query.dtype)
+        batched = jax.vmap(jax_bridge.page_attention, in_axes=(0, None, None, None, None))
+        assert self.kernel_calls(batched, queries, *others) == 2
+
+    def test_scan(self) -> None:
+        (query, *others), _ = Variant("scan", LLAMA).arguments()
+
+        def layers(query: Any, *others: Any) -> Any:
+            return jax.lax.scan(lambda q, _: (jax_bridge.page_attention(q, *others), None), query, length=3)[0]
+
+        assert self.kernel_calls(layers, query, *others) == 2
+
+    def test_shard_map_over_kv_heads_has_no_collective(self) -> None:
+        arrays, _ = Variant("shard_map", LLAMA).arguments()
+        mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]), ("heads",))
+        heads, whole = jax.P(None, "heads"), jax.P()
+        sharded = jax.shard_map(
+            jax_bridge.page_attention, mesh=mesh, in_specs=(heads, heads, heads, whole, whole), out_specs=heads
+        )
+        lowered = jax.jit(sharded).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+        assert lowered.count("@triton_kernel_call_ffi") == 2
+        assert not re.search(r"all_reduce|all_gather|all_to_all|collective", lowered)
+
+    def test_export(self) -> None:
+        arrays, _ = Variant("export", LLAMA).arguments()
+        checks = [jax.export.DisabledSafetyCheck.custom_call("triton_kernel_call_ffi")]
+        exported = jax.export.export(jax.jit(jax_bridge.page_attention), platforms=["cuda"], disabled_checks=checks)(
+            *arrays
+        )
+        again = jax.export.deserialize(exported.serialize())
+        assert again.platforms == ("cuda",)
+        assert again.out_avals[0].shape == arrays[0].shape

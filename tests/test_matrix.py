@@ -80,7 +80,9 @@ def test_attention_computes_in_the_dtype_asked_for(implementation: Implementatio
     rounded = build(Case(name="dtypes", operation="attention", query_lens=(5,), kv_lens=(12,), dtype="bfloat16"))
     default = implementation.raw(call.with_options(dtype=jnp.bfloat16))
     assert default.dtype == jnp.bfloat16
-    assert np.array_equal(np.asarray(default), np.asarray(implementation.raw(rounded)))
+    # Two programs, which XLA may fuse differently: one unit in the last place of bfloat16.
+    expected = np.asarray(implementation.raw(rounded), np.float32)
+    np.testing.assert_allclose(np.asarray(default, np.float32), expected, rtol=2.0**-7, atol=0)
     judge.check(call, implementation(call.with_options(dtype=None)))
 
 
