@@ -69,7 +69,7 @@ def attention(
         are zeros.
     """
     out_dtype = query.dtype if dtype is None else jnp.dtype(dtype)
-    query, key, value = (x.astype(out_dtype) for x in (query, key, value))
+    query, key, value = (rounded(x, out_dtype) for x in (query, key, value))
     visible = visible_keys(query.shape[1], key.shape[1], causal=causal, sliding_window=sliding_window)
     if mask is not None:
         visible = visible & mask
@@ -92,6 +92,14 @@ def attention(
         weights = jnp.where(kept, weights / (1.0 - dropout_prob), 0)
     out = scores.weighted_values(weights, value, visible).astype(out_dtype)
     return (out, weights.astype(out_dtype)) if return_weights else out
+
+
+def rounded(array: Array, dtype: jnp.dtype) -> Array:
+    """`array` in `dtype`; on GPUs XLA would leave out a cast to a narrow dtype that is followed by one to float32."""
+    kind = jnp.finfo(dtype)
+    if kind.nmant < jnp.finfo(array.dtype).nmant:
+        array = jax.lax.reduce_precision(array, kind.nexp, kind.nmant)
+    return array.astype(dtype)
 
 
 def visible_keys(num_rows: int, num_keys: int, *, causal: bool, sliding_window: Window) -> Array:
