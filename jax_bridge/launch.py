@@ -8,6 +8,7 @@ import importlib
 import importlib.util
 import os
 import threading
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -23,9 +24,21 @@ _MAX_GRID = 2**31 - 1
 _KERNEL_PROJECT = "jax-paged-attention"
 
 
+@functools.cache
 def available() -> bool:
-    """Whether Triton and jax-triton are installed."""
-    return all(importlib.util.find_spec(name) is not None for name in ("triton", "jax_triton"))
+    """Whether Triton and jax-triton are installed and can be imported together, which the first call tries.
+
+    Warns:
+        RuntimeWarning: They are installed, but not in versions that fit.
+    """
+    if any(importlib.util.find_spec(name) is None for name in ("triton", "jax_triton")):
+        return False
+    try:
+        _jax_triton()
+    except ImportError as error:
+        warnings.warn(f'platform="auto" leaves out "triton": {error.__cause__ or error}', RuntimeWarning, stacklevel=2)
+        return False
+    return True
 
 
 @functools.cache
@@ -165,7 +178,7 @@ def _jax_triton() -> Any:
     try:
         import jax_triton
         from jax_triton import triton_lib
-    except ImportError as error:
+    except Exception as error:  # versions that do not fit fail in many ways, AttributeError among them
         raise ImportError(
             'platform="triton" needs jax-triton >= 0.4.1 and triton >= 3.7: pip install "jax-paged-attention[cuda]"'
         ) from error
@@ -275,7 +288,8 @@ def _interpret(
         results = {name: _unwritten(output) for name, output in outputs.items()}
         buffers = {name: _HostBuffer(array) for name, array in results.items()}
         # A GPU's arithmetic does not warn either, of values that a `where` then leaves out.
-        with _interpreter_lock, np.errstate(all="ignore"):
+        silence = warnings.catch_warnings(action="ignore", category=RuntimeWarning)
+        with _interpreter_lock, np.errstate(all="ignore"), silence:
             kernel[(num_programs,)](**inputs, **absent, **buffers, **constants)
         return {name: array.astype(outputs[name].dtype) for name, array in results.items()}
 

@@ -63,7 +63,8 @@ def page_attention_config(sizes: PagedSizes, query_dtype: Any, cache_dtype: Any,
     """Tile shape and split target of page attention, from static shapes and the device alone.
 
     Measured on an H100 (docs/performance.md): many programs with one tile in flight each beat fewer with deeper
-    pipelines, and one masked loop beats a bulk loop between masked edges, whose code costs registers.
+    pipelines; a loop of its own for unmasked tiles saves nothing where memory decides, and its code makes some tiles
+    spill registers.
     """
     block_d, block_dv = padded_head_dim(sizes.head_dim), padded_head_dim(sizes.value_head_dim)
     widest = max(block_d, block_dv)
@@ -99,7 +100,7 @@ def page_attention_candidates(
         {"block_m": max(16, heuristic.block_m), "num_warps": 2},
         {"block_n": 2 * heuristic.block_n, "programs_per_sm": 3},
         {"block_n": max(16, heuristic.block_n // 2)},
-        {"bulk_loop": True, "programs_per_sm": 3},
+        {"bulk_loop": not heuristic.bulk_loop},
         {"num_splits": 1},
     )
     candidates = dict.fromkeys(dataclasses.replace(heuristic, **changes) for changes in variations)

@@ -1,8 +1,10 @@
 """Which platform and configuration a call takes."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, ClassVar
 
 import jax
@@ -130,3 +132,23 @@ def test_import_needs_neither_triton_nor_a_gpu() -> None:
         "np.testing.assert_allclose(out, 1, rtol=1e-6)\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
+
+
+def test_auto_leaves_out_a_jax_triton_that_does_not_fit(tmp_path: Path) -> None:
+    """Versions that fail when imported: "auto" warns and takes `xla`; by name, an error says what is needed."""
+    pytest.importorskip("triton")
+    (tmp_path / "jax_triton.py").write_text("import triton\n\ntriton.gone_in_this_version\n")
+    program = (
+        "import jax, jax_bridge, numpy as np, pytest\n"
+        "cache = np.ones((4, 2, 8, 16), np.float32)\n"
+        "arrays = np.ones((1, 2, 16), np.float32), cache, cache, np.array([9]), np.array([[2, 1]])\n"
+        "traced = jax.jit(jax_bridge.page_attention).trace\n"
+        "with pytest.warns(RuntimeWarning, match='gone_in_this_version'):\n"
+        "    lowered = traced(*arrays).lower(lowering_platforms=('cuda',))\n"
+        "assert 'dot_general' in lowered.as_text()\n"
+        "with pytest.raises(ImportError, match='jax-triton >= '):\n"
+        "    jax.jit(lambda *a: jax_bridge.page_attention(*a, platform='triton')).lower(*arrays)\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{tmp_path}{os.pathsep}{os.getcwd()}"}
+    subprocess.run([sys.executable, "-W", "error", "-c", program], check=True, timeout=120, env=environment)
