@@ -5,6 +5,7 @@ The only module that imports jax_triton, and it does so when the first kernel is
 
 import functools
 import importlib
+import importlib.metadata
 import importlib.util
 import os
 import threading
@@ -22,6 +23,7 @@ from jax_bridge.device import Device, current_device
 Output = jax.ShapeDtypeStruct
 _MAX_GRID = 2**31 - 1
 _KERNEL_PROJECT = "jax-paged-attention"
+OLDEST_TRITON = (3, 7)
 
 
 @functools.cache
@@ -176,6 +178,9 @@ def _jax_triton() -> Any:
     """jax_triton, checked, without its side effect on the environment, and with our checks on what it compiles."""
     cache_directory = os.environ.get("TRITON_CACHE_DIR")
     try:
+        version = importlib.metadata.version("triton")
+        if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TRITON:
+            raise ImportError(f"triton {version} is installed")  # jax_triton would import and fail when it lowers
         import jax_triton
         from jax_triton import triton_lib
     except Exception as error:  # versions that do not fit fail in many ways, AttributeError among them
@@ -282,9 +287,7 @@ def _interpret(
     absent = {name: None for name, array in operands.items() if array is None}
 
     def run(arrays: dict[str, Any]) -> dict[str, np.ndarray]:
-        inputs = {
-            name: _HostBuffer(np.ascontiguousarray(_widened(np.asarray(array)))) for name, array in arrays.items()
-        }
+        inputs = {name: _HostBuffer(_widened(np.asarray(array))) for name, array in arrays.items()}
         results = {name: _unwritten(output) for name, output in outputs.items()}
         buffers = {name: _HostBuffer(array) for name, array in results.items()}
         # A GPU's arithmetic does not warn either, of values that a `where` then leaves out.

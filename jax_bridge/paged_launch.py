@@ -140,7 +140,7 @@ def page_attention(
         "lse_ptr": Output(num_rows, jnp.float32) if options.return_lse else None,
     }
     window_left = options.window[0] if options.window else None
-    max_keys = sizes.table_width * sizes.page_size if sizes.num_pages else 0
+    max_keys = min(sizes.table_width * sizes.page_size, kernels("schedule").LONGEST) if sizes.num_pages else 0
     if options.max_context_len is not None:
         max_keys = min(max_keys, options.max_context_len)
     tile = specialization.Tile(

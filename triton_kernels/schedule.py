@@ -12,6 +12,9 @@ import triton.language as tl
 
 from triton_kernels.pages import clamp
 
+MOST_TILES = tl.constexpr(1 << 25)  # of a sequence: LONGEST keys in the smallest tiles
+LONGEST = 1 << 29
+
 
 @triton.jit
 def visible_keys(length, MAX_KEYS: tl.constexpr, WINDOW_LEFT: tl.constexpr):
@@ -43,10 +46,10 @@ def count_tiles(lens_ptr, sequences, SCHEDULE: tl.constexpr, WINDOW_LEFT: tl.con
 @triton.jit
 def tile_quota(lens_ptr, SCHEDULE: tl.constexpr, WINDOW_LEFT: tl.constexpr, BLOCK_N: tl.constexpr):
     """Tiles that a split holds at most, of eight candidates the one for which the batch should end first."""
-    total = tl.zeros([SCHEDULE.block_s], tl.int32)
+    total = tl.zeros([SCHEDULE.block_s], tl.int64)  # lengths are data: even nonsense must not wrap round
     for start in range(0, SCHEDULE.num_seqs, SCHEDULE.block_s):
         total += count_tiles(lens_ptr, start + tl.arange(0, SCHEDULE.block_s), SCHEDULE, WINDOW_LEFT, BLOCK_N)
-    mean = tl.cdiv(tl.sum(total), SCHEDULE.capacity)
+    mean = tl.minimum(tl.cdiv(tl.sum(total), SCHEDULE.capacity), MOST_TILES).to(tl.int32)
     ranks = tl.arange(0, 8)
     candidates = tl.maximum(tl.cdiv(mean * (11 - ranks), 8), SCHEDULE.min_tiles)  # 11/8 to 4/8 of the mean
     items = tl.zeros([8], tl.int32)
@@ -55,7 +58,7 @@ def tile_quota(lens_ptr, SCHEDULE: tl.constexpr, WINDOW_LEFT: tl.constexpr, BLOC
         items += tl.sum(tl.cdiv(tiles[None, :], candidates[:, None]), 1)
     waves = tl.cdiv(items, SCHEDULE.capacity)
     costs = waves * (candidates + SCHEDULE.program_cost)
-    best = tl.min(costs * 8 + ranks) % 8
+    best = tl.min(costs * 8 + ranks) & 7
     return tl.sum(tl.where(ranks == best, candidates, 0))
 
 
@@ -67,6 +70,12 @@ def count_splits(tiles, quota, SCHEDULE: tl.constexpr):
     else:
         splits = tl.cdiv(tiles, quota)
     return splits
+
+
+@triton.jit
+def split_begin(split, tiles, num_splits):
+    """First tile of a split (of the one after the last: the end). The first splits take what does not divide."""
+    return tiles // num_splits * split + tl.minimum(split, tiles % num_splits)
 
 
 @triton.jit
