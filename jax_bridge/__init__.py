@@ -21,6 +21,7 @@ from jax_bridge.page_attention import PageAttention, page_attention
 from jax_bridge.prefill_page_attention import PrefillPageAttention, prefill_page_attention
 from jax_bridge.ragged_decode_attention import RaggedDecodeAttention, ragged_decode_attention
 from jax_bridge.states import merge_attention_states
+from jax_bridge.tuning import tune
 from jax_bridge.unified_attention import UnifiedAttention, unified_attention
 
 __all__ = [
@@ -44,6 +45,7 @@ __all__ = [
     "page_attention",
     "prefill_page_attention",
     "ragged_decode_attention",
+    "tune",
     "unified_attention",
     "write_kv_pages",
 ]

@@ -79,6 +79,7 @@ def launch(
     num_warps: int,
     num_stages: int,
     device: Device,
+    operation: str,
 ) -> dict[str, jax.Array]:
     """Runs `kernel` on a one-dimensional grid.
 
@@ -92,6 +93,7 @@ def launch(
         num_warps: Warps a program.
         num_stages: Depth of the software pipeline.
         device: The GPU to compile for.
+        operation: The operation that launches, for profiles and errors.
 
     Returns:
         The outputs that were asked for, by name.
@@ -115,7 +117,7 @@ def launch(
     ordered = [parameter for parameter in kernel.arg_names if parameter in written]
     results = _jax_triton().triton_call(
         kernel=kernel,
-        name=name,
+        name=operation,
         out_type=[written[parameter] for parameter in ordered],
         grid=(num_programs, 1, 1),
         num_warps=num_warps,
@@ -200,7 +202,7 @@ def _jax_triton() -> Any:
 def _refuse_platform(platform: str, context: Any, *operands: Any, name: str, **parameters: Any) -> Any:
     del context, operands, parameters
     raise NotImplementedError(
-        f'{name}: platform="triton" does not support {platform.upper()} devices; set TRITON_INTERPRET=1 before '
+        f"{name}[triton] does not support {platform.upper()} devices; set TRITON_INTERPRET=1 before "
         'the first import to run the kernel in the interpreter of Triton, or use platform="xla"'
     )
 

@@ -139,7 +139,10 @@ class Operation(abc.ABC):
             NotImplementedError: the platform does not support what is asked for.
         """
         requested = self.requested_platform(platform, cfg)
-        invocation = self.invocation(*args, **kwargs)
+        return self.execute(self.invocation(*args, **kwargs), requested, cfg)
+
+    def execute(self, invocation: Invocation, requested: str, cfg: Config | None) -> Any:
+        """Run a checked call on the platform `requested`."""
         branches = self.branches(invocation, requested, cfg)
         return _execute(_Plan(type(self), invocation.options, invocation.sizes, branches), invocation.arrays)
 
@@ -202,11 +205,12 @@ class Operation(abc.ABC):
         return next((row for row in usable if row is not None and row.lacks(invocation) is None), None)
 
     def _branch(self, row: Implementation, invocation: Invocation, cfg: Config | None) -> Branch:
-        """Explicit configuration before heuristics, field by field; caches and tuning belong between the two."""
+        """Explicit configuration before tuned one before heuristics, field by field."""
         if row.heuristic_cfg is None:
             return Branch(row, cfg or self._open_cfg, None)
         device = current_device()
-        chosen = row.heuristic_cfg(invocation, device)
+        chosen = _tuned.get(_tuning_key(invocation, device)) if _tuned else None
+        chosen = chosen or row.heuristic_cfg(invocation, device)
         return Branch(row, chosen if cfg is None else completed(cfg, chosen), device)
 
     def _supported(self, invocation: Invocation, platform: str) -> Implementation:
@@ -218,7 +222,7 @@ class Operation(abc.ABC):
 
     def _unsupported(self, invocation: Invocation, platform: str, lack: str) -> NotImplementedError:
         others = (row.platform for row in reversed(self.implementations) if row.lacks(invocation) is None)
-        remedy = next((f'use platform="{other}"' for other in others), "leave it out")
+        remedy = next((f'use platform="{other}"' for other in others), "use the call without it")
         return NotImplementedError(f"{self.name}[{platform}] does not support {lack}; {remedy}")
 
     def _automatic(self, invocation: Invocation, backend: str) -> tuple[Implementation, ...]:
@@ -236,6 +240,19 @@ class Operation(abc.ABC):
             here = tuple(row for row in kernels if row.platform == native)
             return here or (self._supported(invocation, "xla"),)
         return (*kernels, xla)
+
+
+_tuned: dict[tuple[Any, ...], Config] = {}  # what `tune` found in this process
+
+
+def _tuning_key(invocation: Invocation, device: Device) -> tuple[Any, ...]:
+    dtypes = tuple((name, None if a is None else str(a.dtype)) for name, a in sorted(invocation.arrays.items()))
+    return (invocation.operation, invocation.options, invocation.sizes, dtypes, device)
+
+
+def remember_tuned(invocation: Invocation, cfg: Config) -> None:
+    """Take `cfg` from now on for calls like this one that name none."""
+    _tuned[_tuning_key(invocation, current_device())] = cfg
 
 
 def completed(cfg: Any, defaults: Any) -> Any:

@@ -194,7 +194,12 @@ def page_attention(
     finish_operands = {"sink_ptr": arrays["attention_sink"], "v_scale_ptr": arrays["v_scale"]}
     k_scale_stride = {"K_SCALE_STRIDE": scale_stride(arrays["k_scale"])}
     v_scale_stride = {"V_SCALE_STRIDE": scale_stride(arrays["v_scale"])}
-    launch_options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "device": device}
+    launch_options = {
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+        "device": device,
+        "operation": "page_attention",
+    }
 
     if max_splits <= 1:
         results = launch(
@@ -228,6 +233,7 @@ def page_attention(
         num_warps=4,
         num_stages=1,
         device=device,
+        operation="page_attention",
     )
     return results["out_ptr"], results.get("lse_ptr")
 

@@ -292,8 +292,6 @@ class Arguments:
         self._refuse_array(argument, value, "a Python number")
         if not _is_number(value):
             raise self.type_error(argument, f"is {describe(value)}", "a Python number")
-        if math.isnan(value):
-            raise self.value_error(argument, f"is {value!r}", "a number")
 
     def flag(self, argument: str, value: Any) -> bool:
         """Check a static boolean."""

@@ -186,7 +186,6 @@ CHOICES = [
     wrong("page_attention", "max_context_len", -1, ValueError, "is -1", ">= 0"),
     wrong("page_attention", "max_context_len", np.asarray(4), TypeError, "an array", "static"),
     wrong("page_attention", "mask_value", None, TypeError, "None", "number"),
-    wrong("page_attention", "mask_value", float("nan"), ValueError, "nan", "number"),
     wrong("prefill_page_attention", "mask_value", "low", TypeError, "'low'", "number"),
     wrong("unified_attention", "causal", None, TypeError, "None", "bool"),
     wrong("attention", "causal", 1, TypeError, "is 1", "bool"),
