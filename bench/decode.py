@@ -50,8 +50,8 @@ from bench.decode_report import (
 )
 from bench.peers import PEERS, PeerReport, run_peer
 from bench.timing import Program, Timing, compile_program, copy_bandwidth, describe_machine, measure_program
+from jax_bridge.layouts import LAYOUTS
 
-LAYOUTS = ("PTHD", "PHTD", "HPTD")
 DEFAULT_SWEEP = "block_n=32,64,128;num_warps=2,4,8;num_stages=2,3,4,5"
 CHECKED_TOKENS = 65_536  # sequences are checked against the reference until they hold this many tokens
 SWEEP_REPEATS, SWEEP_SAMPLE_SECONDS, SWEEP_MAX_CALLS, SWEEP_FINALISTS = 5, 0.008, 32, 3

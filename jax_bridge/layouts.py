@@ -23,12 +23,6 @@ class CacheStrides(NamedTuple):
     head: int
 
 
-def cache_sizes(kv_layout: str, shape: tuple[int, ...]) -> CacheSizes:
-    """Names the sizes of a 4-D cache `shape` laid out as `kv_layout`."""
-    sizes = dict(zip(kv_layout, shape, strict=True))
-    return CacheSizes(sizes["P"], sizes["T"], sizes["H"], sizes["D"])
-
-
 def cache_shape(kv_layout: str, sizes: CacheSizes) -> tuple[int, ...]:
     """Shape of a cache of `sizes` laid out as `kv_layout`."""
     named = dict(zip("PTHD", sizes, strict=True))

@@ -12,8 +12,8 @@ import numpy as np
 
 import reference
 from tests import oracle
+from tests.cases import LAYOUTS as LAYOUTS
 
-LAYOUTS = ("PTHD", "PHTD", "HPTD")
 BYTE_DTYPES = (jnp.float8_e4m3fn, jnp.float8_e5m2, jnp.int8)
 WILD = np.array([-1, -9, 2**31 - 1, -(2**31), 10**6], np.int64)
 TOLERANCE = {"float32": 4e-6, "float16": 2e-3, "bfloat16": 1.5e-2}
