@@ -22,6 +22,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from bench.serving_check import (
+    Budget,
     Check,
     CheckError,
     check_books,
@@ -30,7 +31,7 @@ from bench.serving_check import (
     check_step_attention,
 )
 from bench.serving_engine import Compilations, Engine, cache_bytes
-from bench.serving_model import ModelConfig
+from bench.serving_model import ATTENTION_CHOICES, AttentionChoice, ModelConfig
 from bench.serving_report import Measures, StepSample, build_table, draw_timeline
 from bench.serving_scheduler import PagePool, Request, Scheduler
 from bench.serving_trace import TraceError, TraceRequest, load_trace, scale_requests
@@ -38,6 +39,10 @@ from bench.serving_trace import TraceError, TraceRequest, load_trace, scale_requ
 PLATFORMS = ("auto", "triton", "pallas", "xla")
 DTYPES = ("float32", "bfloat16", "float16")
 VERDICTS = {True: "[green]passed[/]", False: "[bold red]FAILED[/]", None: "[yellow]not made[/]"}
+ATTENTION_WORDS = {
+    "unified": "one unified_attention call a step",
+    "page": "page_attention where a step only decodes, else unified_attention",
+}
 LONGEST_SLEEP = 0.05
 CHECKED_REQUESTS = 4
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
@@ -103,22 +108,22 @@ def _serve(console: Console, options: argparse.Namespace, requests: list[Request
             page_size=options.page_size,
             max_batch=options.max_batch,
             max_context=options.max_context,
-            chunk_tokens=options.chunk,
-            platform=options.platform,
+            step_tokens=options.step_tokens,
+            attention=AttentionChoice(options.attention, options.platform),
             seed=options.seed,
         )
         task = progress.add_task("compiling step shapes", total=len(engine.shapes), note="")
         engine.warm_up(lambda: progress.advance(task))
     console.print(
-        f"set-up: {time.perf_counter() - start:.1f} s for {engine.compiled_steps} step programs (decoding rows "
-        f"{engine.decode_buckets}, chunk rows {engine.chunk_buckets}); the pool holds "
+        f"set-up: {time.perf_counter() - start:.1f} s for {engine.compiled_steps} step programs (sequences x tokens: "
+        f"{', '.join(f'{sequences} x {tokens}' for sequences, tokens in engine.shapes)}); the pool holds "
         f"{cache_bytes(engine.caches) / 2**20:.0f} MiB",
         highlight=False,
         soft_wrap=True,
     )
     pool = PagePool(options.pool_pages, options.page_size)
     scheduler = Scheduler(
-        pool, max_batch=options.max_batch, max_context=options.max_context, chunk_tokens=engine.chunk_buckets[-1]
+        pool, max_batch=options.max_batch, max_context=options.max_context, step_tokens=options.step_tokens
     )
     with _progress(console) as progress, during_replay.watch():
         replay = run_replay(engine, scheduler, requests, progress)
@@ -144,7 +149,7 @@ def _serve(console: Console, options: argparse.Namespace, requests: list[Request
     checks = [books]
     if options.check and not replay.interrupted:
         with console.status("checking served tokens and recorded steps"):
-            checks += make_checks(engine, requests)
+            checks += make_checks(engine, requests, options.check_seconds)
     for check in checks:
         verdict = VERDICTS[check.passed]
         console.print(f"check {verdict} {check.name}: {escape(check.detail)}", highlight=False, soft_wrap=True)
@@ -153,9 +158,12 @@ def _serve(console: Console, options: argparse.Namespace, requests: list[Request
     return EXIT_INTERRUPTED if replay.interrupted else 0
 
 
-def make_checks(engine: Engine, requests: Sequence[Request]) -> list[Check]:
-    """Check served tokens and recorded steps. On a CPU, also one step by the Triton kernel in the interpreter."""
-    checks = [check_served_tokens(engine, requests, CHECKED_REQUESTS), check_step_attention(engine)]
+def make_checks(engine: Engine, requests: Sequence[Request], seconds: float) -> list[Check]:
+    """Check served tokens and recorded steps, `seconds` each. On a CPU, also the Triton kernel in the interpreter."""
+    checks = [
+        check_served_tokens(engine, requests, CHECKED_REQUESTS, Budget(seconds)),
+        check_step_attention(engine, seconds),
+    ]
     if jax.default_backend() == "cpu":
         checks.append(check_interpreted_kernel(engine))
     return checks
@@ -194,12 +202,21 @@ def run_replay(engine: Engine, scheduler: Scheduler, requests: Sequence[Request]
             tokens, logits = engine.run(plan)
             now = time.perf_counter() - start
             generated = scheduler.complete(plan, tokens, logits, now)
-            prompt_tokens = plan.chunk.count if plan.chunk else 0
-            waiting = len(scheduler.waiting)
             replay.samples.append(
-                StepSample(now, running, waiting, used_pages, prompt_tokens, generated, scheduler.preemptions)
+                StepSample(
+                    now,
+                    running,
+                    len(scheduler.waiting),
+                    used_pages,
+                    len(plan.chunks),
+                    plan.prompt_tokens,
+                    generated,
+                    scheduler.preemptions,
+                )
             )
-            note = f"batch {running}, waiting {waiting}, pool {used_pages / scheduler.pool.num_pages:.0%}"
+            note = (
+                f"batch {running}, waiting {len(scheduler.waiting)}, pool {used_pages / scheduler.pool.num_pages:.0%}"
+            )
             progress.update(task, advance=generated, note=note)
     except KeyboardInterrupt:
         replay.interrupted = True
@@ -232,10 +249,10 @@ def _print_header(console: Console, options: argparse.Namespace, source: str, re
         f"{answer_tokens} tokens to generate; arrivals: {arrivals}",
         f"model: random weights, {options.layers} layers, hidden {options.hidden}, {options.heads} query and "
         f"{options.kv_heads} KV heads of {options.head_dim}, MLP {options.intermediate}, {options.dtype}",
-        f"device: {device.device_kind} ({device.platform}), jax {jax.__version__}; attention platform: "
-        f"{options.platform}",
+        f"device: {device.device_kind} ({device.platform}), jax {jax.__version__}; attention: "
+        f"{ATTENTION_WORDS[options.attention]}, platform {options.platform}",
         f"pool: {options.pool_pages} pages of {options.page_size} tokens; batch <= {options.max_batch}, "
-        f"chunk <= {options.chunk}, context <= {options.max_context}",
+        f"tokens of a step <= {options.step_tokens}, context <= {options.max_context}",
     ]
     for line in lines:
         console.print(escape(line), highlight=False, soft_wrap=True)
@@ -272,8 +289,11 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     serving.add_argument("--page-size", type=_positive, default=16, help="tokens of a page")
     serving.add_argument("--max-batch", type=_positive, default=16, help="sequences that run at once")
     serving.add_argument("--max-context", type=_positive, default=1280, help="longest prompt and answer together")
-    serving.add_argument("--chunk", type=_positive, default=128, help="most prompt tokens of a step")
-    serving.add_argument("--platform", choices=PLATFORMS, default="auto", help="of page_attention")
+    serving.add_argument("--step-tokens", type=_positive, default=128, help="most tokens of a step: one of each "
+                         "decoding sequence, then chunks of as many prompts as fit")  # fmt: skip
+    serving.add_argument("--attention", choices=ATTENTION_CHOICES, default="unified", help="unified: one call of "
+                         "unified_attention a step; page: page_attention for steps that only decode")  # fmt: skip
+    serving.add_argument("--platform", choices=PLATFORMS, default="auto", help="of attention")
     model = parser.add_argument_group("model")
     model.add_argument("--layers", type=_positive, default=4, help="decoder layers")
     model.add_argument("--hidden", type=_positive, default=256, help="width of the residual stream")
@@ -285,12 +305,16 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     model.add_argument("--dtype", choices=DTYPES, default="float32", help="of weights, activations and cache")
     output = parser.add_argument_group("output")
     output.add_argument("--output", type=Path, default=Path("build/serving/timeline.png"), help="picture of the run")
+    output.add_argument("--check-seconds", type=_positive_float, default=20.0, help="a check of tokens or of attention "
+                        "that takes longer leaves out the rest of its sample")  # fmt: skip
     output.add_argument("--no-check", dest="check", action="store_false", help="check the books only")
     options = parser.parse_args(arguments)
     if options.heads % options.kv_heads:
         parser.error(f"--heads must be a multiple of --kv-heads, got {options.heads} and {options.kv_heads}")
     if options.head_dim % 2:
         parser.error(f"--head-dim must be even for rotary positions, got {options.head_dim}")
+    if options.step_tokens < options.max_batch:
+        parser.error(f"--step-tokens must be at least --max-batch, got {options.step_tokens} and {options.max_batch}")
     if options.layers * options.pool_pages * options.page_size >= 2**31:
         parser.error("--layers * --pool-pages * --page-size must stay below 2^31: slots are 32-bit integers")
     if options.output.suffix.lower() != ".png":

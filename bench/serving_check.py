@@ -8,10 +8,11 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,9 +26,11 @@ from bench.serving_scheduler import Request, RequestState, Scheduler
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 DENSE_ROWS = 128  # dense lengths are padded to a multiple: few compilations
-CHECKED_ROWS = 16
 CHECKED_LAYERS = 4
-INTERPRETED_ROWS = 2
+CHECKED_SEQUENCES = 16  # of each of the recorded steps
+CHECKED_ROWS = 16  # of each of these sequences
+INTERPRETED_ROWS = 3  # of each of the sequences that the interpreter gets
+INTERPRETED_TOKENS = 192  # and their keys
 INTERPRETER_SECONDS = 300
 
 type Floats = npt.NDArray[np.floating[Any]]
@@ -44,6 +47,31 @@ class Check:
     name: str
     detail: str
     passed: bool | None
+
+
+class Budget:
+    """Time for one check: parts of its work are done in turn until it is used up, the first one in any case."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self.done = 0
+        self.planned = 0
+        self._start = time.perf_counter()
+
+    def parts[Part](self, planned: Sequence[Part]) -> Iterator[Part]:
+        """Those of the parts that there is time for."""
+        self.planned += len(planned)
+        for part in planned:
+            if self.done and time.perf_counter() - self._start > self.seconds:
+                return
+            yield part
+            self.done += 1
+
+    def __str__(self) -> str:
+        spent = time.perf_counter() - self._start
+        return (
+            f"{self.done} of {self.planned} parts of the sample in {spent:.1f} s, the budget being {self.seconds:g} s"
+        )
 
 
 def check_books(requests: Sequence[Request], scheduler: Scheduler, *, interrupted: bool) -> Check:
@@ -89,13 +117,13 @@ def _expect_equal(what: str, got: int, other: str, expected: int) -> None:
         raise CheckError(f"{what}: {got}, but {other}: {expected}")
 
 
-def check_served_tokens(engine: Engine, requests: Sequence[Request], count: int) -> Check:
+def check_served_tokens(engine: Engine, requests: Sequence[Request], count: int, budget: Budget) -> Check:
     """Compare all tokens and logits of `count` served requests, preempted ones first, with a decoder without cache."""
     candidates = [request for request in requests if request.state is RequestState.SERVED and request.generated]
     sample = sorted(candidates, key=lambda request: (-request.preemptions, request.index))[:count]
     worst = Deviation()
-    tokens = 0
-    for request in sample:
+    tokens = preempted = 0
+    for request in budget.parts(sample):
         sequence = request.tokens(0, request.num_tokens - 1)
         first = len(request.prompt) - 1
         exact = dense_logits(engine.weights, engine.config, sequence, first, "float32")
@@ -107,70 +135,84 @@ def check_served_tokens(engine: Engine, requests: Sequence[Request], count: int)
         # A token other than the dense decoder's is right only where the two are a near tie.
         worst = max(worst, Deviation.of(exact.max(axis=1), dense, 2 * tolerance))
         tokens += len(request.generated)
+        preempted += request.preemptions > 0
     return worst.check(
         "served tokens",
-        f"{tokens} tokens of {len(sample)} requests ({sum(r.preemptions > 0 for r in sample)} of them preempted) "
-        "against a dense decoder without cache, pages or chunks",
+        f"{tokens} tokens of {budget.done} requests ({preempted} of them preempted) against a dense decoder without "
+        f"cache, pages or chunks ({budget})",
     )
 
 
-def check_step_attention(engine: Engine) -> Check:
-    """Run two recorded steps again, one with and one without a chunk, and compare attention with float64 arithmetic."""
+def check_step_attention(engine: Engine, seconds: float) -> Check:
+    """Run two recorded steps again, one with and one without chunks, and compare attention with float64 arithmetic."""
     worst = Deviation()
-    rows = 0
+    num_rows = 0
+    spent = []
     layers = _spread(np.arange(engine.config.layers), CHECKED_LAYERS)
     steps = probed_steps(engine)
     for inputs in steps:
         probe = engine.probe(inputs)
-        for layer in layers:
-            queries, outputs = (np.asarray(array[layer], np.float64) for array in probe)
-            for sequence in step_sequences(inputs):
-                keys, values = engine.read_pages(layer, sequence.pages)
-                for row, context_len in zip(sequence.rows, sequence.context_lens, strict=True):
-                    worst = max(
-                        worst, _row_deviation(engine.config, queries[row], outputs[row], keys, values, context_len)
-                    )
-                    rows += 1
+        budget = Budget(seconds / len(steps))
+        sequences = step_sequences(inputs)
+        # Those that read prompts stand last in a step and come first here, as they are the fewest.
+        places = _spread(np.arange(len(sequences)), CHECKED_SEQUENCES)[::-1]
+        for sequence, layer in budget.parts([(sequences[place], layer) for place in places for layer in layers]):
+            rows = _spread(sequence.rows, CHECKED_ROWS)
+            context_lens = inputs.positions[rows] + 1
+            queries, outputs = (np.asarray(array[layer], np.float64)[rows] for array in probe)
+            keys, values = engine.read_pages(layer, sequence.pages, context_lens[-1])
+            worst = max(worst, rows_deviation(engine.config, queries, outputs, keys, values, context_lens))
+            num_rows += len(rows)
+        spent.append(str(budget))
     return worst.check(
         "attention",
-        f"{rows} rows of {len(steps)} recorded steps and {len(layers)} layers against float64 arithmetic",
+        f"{num_rows} rows of {len(steps)} recorded steps and up to {len(layers)} layers against float64 arithmetic "
+        f"({', '.join(spent)})",
     )
 
 
 def probed_steps(engine: Engine) -> list[HostStep]:
-    """Steps to look into, each of them a program to compile: of the shape that ran most, without and with a chunk."""
+    """Steps to look into, each of them a program to compile: of the shape that ran most, without and with chunks."""
     shapes = sorted(engine.records, key=lambda shape: -engine.records[shape].count)
-    chosen = (next((shape for shape in shapes if bool(shape.chunk) == mixed), None) for mixed in (False, True))
+    chosen = (next((shape for shape in shapes if shape.has_chunks == mixed), None) for mixed in (False, True))
     return [engine.records[shape].sample[0] for shape in chosen if shape is not None]
 
 
 def check_interpreted_kernel(engine: Engine) -> Check:
-    """Give the shortest rows of a recorded step to the Triton kernel, under Triton's interpreter in another process."""
+    """Give a little of a recorded step to the Triton kernel, under Triton's interpreter in another process.
+
+    Of the sequences with the fewest and the most rows it gets the last rows and the first keys.
+    """
     name = "Triton kernel, interpreted"
-    inputs = next((step for step in probed_steps(engine) if np.any(step.context_lens)), None)
-    if inputs is None:
-        return Check(name, "no recorded step decodes anything", None)
-    layer = engine.config.layers - 1
-    decoding = np.flatnonzero(inputs.context_lens)
-    rows = decoding[np.argsort(inputs.context_lens[decoding], kind="stable")][:INTERPRETED_ROWS]
-    lens, tables = inputs.context_lens[rows], inputs.block_tables[rows]
-    queries = np.asarray(engine.probe(inputs).queries[layer], np.float32)[rows]
-    contents = [engine.read_pages(layer, table) for table in tables]
-    # Each row's pages, one row after the other, are cache enough: no need to carry the pool to the other process.
-    width = -(-int(lens.max()) // engine.page_size)
-    shape = (len(rows) * width, engine.page_size, engine.config.kv_heads, engine.config.head_dim)
-    key_cache, value_cache = (
-        np.concatenate([pair[side][: width * engine.page_size] for pair in contents]).reshape(shape) for side in (0, 1)
-    )
-    compact = np.arange(len(rows) * width, dtype=np.int32).reshape(len(rows), width)
-    arrays = {"query": queries, "key": key_cache, "value": value_cache, "lens": lens, "tables": compact}
-    outputs = interpret_page_attention(arrays, engine.config.dtype)
+    steps = probed_steps(engine)
+    if not steps:
+        return Check(name, "no step was recorded", None)
+    inputs, layer, page_size = steps[-1], engine.config.layers - 1, engine.page_size
+    by_rows = sorted(step_sequences(inputs), key=lambda sequence: len(sequence.rows))
+    sequences = by_rows if len(by_rows) == 1 else [by_rows[0], by_rows[-1]]
+    rows = [sequence.rows[-INTERPRETED_ROWS:] for sequence in sequences]
+    lens = [min(int(inputs.positions[own[-1]]) + 1, INTERPRETED_TOKENS) for own in rows]
+    queries = np.asarray(engine.probe(inputs).queries[layer], np.float32)
+    # The pages of these sequences, one after the other, are cache enough: no need to carry the pool over.
+    width = -(-max(lens) // page_size)
+    contents = [engine.read_pages(layer, sequence.pages, width * page_size) for sequence in sequences]
+    shape = (len(sequences) * width, page_size, engine.config.kv_heads, engine.config.head_dim)
+    key_cache, value_cache = (np.concatenate([pair[side] for pair in contents]).reshape(shape) for side in (0, 1))
+    arrays = {
+        "queries": queries[np.concatenate(rows)],
+        "key_cache": key_cache,
+        "value_cache": value_cache,
+        "kv_lens": np.asarray(lens, np.int32),
+        "block_tables": np.arange(len(sequences) * width, dtype=np.int32).reshape(-1, width),
+        "query_start_loc": np.cumsum([0, *map(len, rows)], dtype=np.int32),
+    }
+    outputs = np.split(interpret_unified_attention(arrays, engine.config.dtype), arrays["query_start_loc"][1:-1])
     worst = max(
-        _row_deviation(engine.config, queries[row], outputs[row], *contents[row], int(lens[row]))
-        for row in range(len(rows))
+        rows_deviation(engine.config, queries[own], output, *pair, length - np.arange(len(own))[::-1])
+        for own, output, pair, length in zip(rows, outputs, contents, lens, strict=True)
     )
-    lengths = " and ".join(str(length) for length in lens)
-    return worst.check(name, f"a recorded decoding step's sequences of {lengths} tokens against float64 arithmetic")
+    words = " and ".join(f"{len(own)} over {length} tokens" for own, length in zip(rows, lens, strict=True))
+    return worst.check(name, f"rows of a recorded step, {words}, against float64 arithmetic")
 
 
 @dataclass(frozen=True, order=True)
@@ -190,48 +232,57 @@ class Deviation:
         return Check(name, f"{detail}: worst error {self.error:.1e}, allowed {self.tolerance:.1e}", self.ratio <= 1.0)
 
 
-def attention_tolerance(config: ModelConfig, keys: Floats, values: Floats) -> float:
+def attention_tolerance(config: ModelConfig, values: Floats) -> float:
     """float32: rounding of the longest sums. Half types: of weights and outputs, whatever the length."""
     epsilon = float(jnp.finfo(config.dtype).eps)
-    terms = (len(keys) + keys.shape[-1]) ** 0.5 if config.dtype == "float32" else 0.25
+    terms = (len(values) + values.shape[-1]) ** 0.5 if config.dtype == "float32" else 0.25
     return 16 * epsilon * terms * float(np.abs(values).max())
 
 
-def attend_row(query: Floats, keys: Floats, values: Floats) -> Floats:
-    """Attention of one token to all `keys`: `[Hq, D]` over `[K, Hkv, D]`, in float64."""
-    heads, head_dim = query.shape
-    grouped = query.reshape(keys.shape[1], -1, head_dim)
-    scores = np.einsum("hgd,khd->hgk", grouped, keys) / head_dim**0.5
+def attend_rows(queries: Floats, keys: Floats, values: Floats, context_lens: npt.NDArray[np.integer[Any]]) -> Floats:
+    """Attention of each of the rows `[R, Hq, D]` to its first `context_lens` of the keys `[K, Hkv, D]`, in float64."""
+    num_rows, num_heads, head_dim = queries.shape
+    num_keys, kv_heads, _ = keys.shape
+    grouped = queries.astype(np.float64).reshape(num_rows, kv_heads, -1, head_dim).swapaxes(0, 1)
+    scores = grouped.reshape(kv_heads, -1, head_dim) @ keys.transpose(1, 2, 0) / head_dim**0.5
+    visible = np.arange(num_keys) < context_lens[:, None, None]
+    scores = np.where(visible, scores.reshape(kv_heads, num_rows, -1, num_keys), -np.inf)
     weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
     weights /= weights.sum(axis=-1, keepdims=True)
-    return np.einsum("hgk,khd->hgd", weights, values).reshape(heads, -1)
+    attended = weights.reshape(kv_heads, -1, num_keys) @ values.swapaxes(0, 1)
+    return attended.reshape(kv_heads, num_rows, -1, head_dim).swapaxes(0, 1).reshape(num_rows, num_heads, head_dim)
 
 
-def _row_deviation(
-    config: ModelConfig, query: Floats, output: Floats, keys: Floats, values: Floats, context_len: int
+def rows_deviation(
+    config: ModelConfig,
+    queries: Floats,
+    outputs: Floats,
+    keys: Floats,
+    values: Floats,
+    context_lens: npt.NDArray[np.integer[Any]],
 ) -> Deviation:
-    """How far an attention output lies from float64 arithmetic over the first `context_len` of a sequence's K and V."""
-    keys, values = keys[:context_len], values[:context_len]
-    expected = attend_row(query.astype(np.float64), keys, values)
-    return Deviation.of(output, expected, attention_tolerance(config, keys, values))
+    """How far attention outputs of one sequence lie from float64 arithmetic over its K and V."""
+    expected = attend_rows(queries, keys, values, context_lens)
+    return max(
+        Deviation.of(outputs[row], expected[row], attention_tolerance(config, values[:context_len]))
+        for row, context_len in enumerate(context_lens)
+    )
 
 
-@dataclass(frozen=True)
-class StepSequence:
-    """Rows of a step that belong to one sequence: how many tokens each may see, and the sequence's page table."""
+class StepSequence(NamedTuple):
+    """The rows of a step that belong to one sequence, and the sequence's page table."""
 
     rows: npt.NDArray[np.int64]
-    context_lens: npt.NDArray[np.int32]
     pages: npt.NDArray[np.int32]
 
 
 def step_sequences(inputs: HostStep) -> list[StepSequence]:
-    """A sample of the rows of a step that are not padding: some sequences that decode, some rows of the chunk."""
-    num_decodes = len(inputs.context_lens)
-    decodes = _spread(np.flatnonzero(inputs.context_lens), CHECKED_ROWS)
-    chunk = _spread(num_decodes + np.flatnonzero(inputs.slots[num_decodes:] >= 0), CHECKED_ROWS)
-    sequences = [StepSequence(row[None], inputs.context_lens[row, None], inputs.block_tables[row]) for row in decodes]
-    return [*sequences, StepSequence(chunk, inputs.positions[chunk] + 1, inputs.chunk_pages)]
+    """The sequences of a step that are not padding."""
+    starts = inputs.query_start_loc
+    return [
+        StepSequence(np.arange(starts[place], starts[place + 1]), inputs.block_tables[place])
+        for place in np.flatnonzero(np.diff(starts))
+    ]
 
 
 def _spread(values: npt.NDArray[np.int64], count: int) -> npt.NDArray[np.int64]:
@@ -239,8 +290,8 @@ def _spread(values: npt.NDArray[np.int64], count: int) -> npt.NDArray[np.int64]:
     return values[np.unique(np.linspace(0, len(values) - 1, min(count, len(values))).astype(int))]
 
 
-def interpret_page_attention(arrays: Mapping[str, Any], dtype: str) -> Floats:
-    """`page_attention(platform="triton")` in its own process: Triton reads TRITON_INTERPRET when it is imported."""
+def interpret_unified_attention(arrays: Mapping[str, Any], dtype: str) -> Floats:
+    """`unified_attention(platform="triton")` in its own process: Triton reads TRITON_INTERPRET when it is imported."""
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder, "step.npz"), Path(folder, "output.npy")
         np.savez(source, dtype=np.asarray(dtype), **arrays)

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bench.serving_model import (
+    AttentionChoice,
     Caches,
     ModelConfig,
     StepInputs,
@@ -36,10 +37,14 @@ RECORDS_PER_SHAPE = 2
 
 
 class StepShape(NamedTuple):
-    """Rows of a compiled step: decoding sequences, and tokens of a chunk (0: no chunk)."""
+    """Sizes of a compiled step: as many tokens as sequences where all decode, more where some read prompts."""
 
-    decodes: int
-    chunk: int
+    sequences: int
+    tokens: int
+
+    @property
+    def has_chunks(self) -> bool:
+        return self.tokens > self.sequences
 
 
 @dataclass
@@ -97,31 +102,26 @@ class Engine:
         page_size: int,
         max_batch: int,
         max_context: int,
-        chunk_tokens: int,
-        platform: str,
+        step_tokens: int,
+        attention: AttentionChoice,
         seed: int,
     ) -> None:
         self.config = config
         self.pool_pages = pool_pages
         self.page_size = page_size
         self.table_width = -(-max_context // page_size)
-        self.decode_buckets = row_buckets(max_batch)
-        self.chunk_buckets = row_buckets(chunk_tokens)
+        decoding = (StepShape(rows, rows) for rows in row_buckets(max_batch))
+        # Padding among the sequences costs next to nothing beside a chunk.
+        mixed = (StepShape(max_batch, max(rows, max_batch + 1)) for rows in row_buckets(step_tokens))
+        self.shapes = tuple(dict.fromkeys((*decoding, *mixed)))
         self.weights = init_weights(config, seed)
         self.caches = init_caches(config, pool_pages, page_size)
         self.records: dict[StepShape, StepRecords] = {}
         self._random = np.random.default_rng(seed)
         # A fresh function object for each engine: jit shares its cache between wrappers of one function.
-        self._step = jax.jit(functools.partial(serve_step, config=config, platform=platform), donate_argnums=1)
-        self._probe = jax.jit(functools.partial(probe_step, config=config, platform=platform), donate_argnums=1)
-        self._attention = jax.jit(functools.partial(attention_only, config=config, platform=platform))
-
-    @property
-    def shapes(self) -> tuple[StepShape, ...]:
-        """Every shape that a step may have. Beside a chunk, padding among the decoding rows costs next to nothing."""
-        decoding = (StepShape(rows, 0) for rows in self.decode_buckets)
-        mixed = (StepShape(self.decode_buckets[-1], rows) for rows in self.chunk_buckets)
-        return (*decoding, *mixed)
+        self._step = jax.jit(functools.partial(serve_step, config=config, attention=attention), donate_argnums=1)
+        self._probe = jax.jit(functools.partial(probe_step, config=config, attention=attention), donate_argnums=1)
+        self._attention = jax.jit(functools.partial(attention_only, config=config, attention=attention))
 
     @property
     def compiled_steps(self) -> int:
@@ -138,13 +138,13 @@ class Engine:
         """Run a step and wait for it.
 
         Returns:
-            Tokens and their logits: one for each of `plan.decodes`, in order, then one for the chunk, if there is one.
+            Tokens and their logits: one for each of `plan.spans`.
         """
         inputs, shape = self.build_inputs(plan)
         self._record(shape, inputs)
         tokens, logits = self._run(inputs)
-        rows = [*range(len(plan.decodes)), *([shape.decodes] if plan.chunk else [])]
-        return tokens[rows].tolist(), logits[rows].tolist()
+        count = len(plan.spans)
+        return tokens[:count].tolist(), logits[:count].tolist()
 
     def _run(self, inputs: HostStep) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
         self.caches, outputs = self._step(self.weights, self.caches, inputs)
@@ -160,56 +160,52 @@ class Engine:
         return probe
 
     def read_pages(
-        self, layer: int, pages: npt.NDArray[np.int32]
+        self, layer: int, pages: npt.NDArray[np.int32], tokens: int
     ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-        """K and V in the pages of one sequence in one layer, `[tokens, Hkv, D]`."""
+        """K and V of the first tokens of one sequence in one layer, each `[tokens, Hkv, D]`.
+
+        Args:
+            layer: the layer.
+            pages: the sequence's whole table: of one width, so that nothing compiles but once.
+            tokens: how many.
+        """
         places = np.asarray(pages) + int(layer) * self.pool_pages
         shape = (-1, self.config.kv_heads, self.config.head_dim)
-        key, value = (np.asarray(cache[places], np.float64).reshape(shape) for cache in self.caches)
+        key, value = (np.asarray(cache[places]).reshape(shape)[:tokens].astype(np.float64) for cache in self.caches)
         return key, value
 
     def build_inputs(self, plan: StepPlan) -> tuple[HostStep, StepShape]:
         """The arrays of a step, padded to the smallest compiled shape that holds it."""
-        chunk = plan.chunk
-        chunk_rows = chunk.count if chunk else 0
+        spans = plan.spans
+        starts = np.cumsum([0, *(span.count for span in spans)])
         shape = next(
             shape
             for shape in self.shapes
-            if shape.decodes >= len(plan.decodes)
-            and shape.chunk >= chunk_rows
-            and bool(shape.chunk) == bool(chunk_rows)
+            if shape.sequences >= len(spans) and shape.tokens >= starts[-1] and shape.has_chunks == bool(plan.chunks)
         )
         inputs = self._empty_inputs(shape)
-        for row, request in enumerate(plan.decodes):
-            position = request.num_tokens - 1
-            pages = np.asarray(request.pages, np.int32)
-            inputs.tokens[row] = request.generated[-1]
-            inputs.positions[row] = position
-            inputs.slots[row] = pages[position // self.page_size] * self.page_size + position % self.page_size
-            inputs.context_lens[row] = position + 1
-            inputs.block_tables[row, : len(pages)] = pages
-        if chunk:
-            stop = chunk.start + chunk.count
-            rows = slice(shape.decodes + shape.chunk - chunk.count, None)
-            positions = np.arange(chunk.start, stop, dtype=np.int32)
-            pages = np.asarray(chunk.request.pages, np.int32)
-            inputs.tokens[rows] = chunk.request.tokens(chunk.start, stop)
+        inputs.query_start_loc[:] = starts[-1]
+        inputs.query_start_loc[: len(starts)] = starts
+        for row, span in enumerate(spans):
+            stop = span.start + span.count
+            rows = slice(starts[row], starts[row + 1])
+            positions = np.arange(span.start, stop, dtype=np.int32)
+            pages = np.asarray(span.request.pages, np.int32)
+            inputs.tokens[rows] = span.request.tokens(span.start, stop)
             inputs.positions[rows] = positions
             inputs.slots[rows] = pages[positions // self.page_size] * self.page_size + positions % self.page_size
-            inputs.chunk_context_len[0] = stop
-            inputs.chunk_pages[: len(pages)] = pages
+            inputs.kv_lens[row] = stop
+            inputs.block_tables[row, : len(pages)] = pages
         return inputs, shape
 
     def _empty_inputs(self, shape: StepShape) -> HostStep:
-        rows = shape.decodes + shape.chunk
         return StepInputs(
-            tokens=np.zeros(rows, np.int32),
-            positions=np.zeros(rows, np.int32),
-            slots=np.full(rows, -1, np.int32),
-            context_lens=np.zeros(shape.decodes, np.int32),
-            block_tables=np.zeros((shape.decodes, self.table_width), np.int32),
-            chunk_context_len=np.zeros(1, np.int32),
-            chunk_pages=np.zeros(self.table_width, np.int32),
+            tokens=np.zeros(shape.tokens, np.int32),
+            positions=np.zeros(shape.tokens, np.int32),
+            slots=np.full(shape.tokens, -1, np.int32),
+            kv_lens=np.zeros(shape.sequences, np.int32),
+            block_tables=np.zeros((shape.sequences, self.table_width), np.int32),
+            query_start_loc=np.zeros(shape.sequences + 1, np.int32),
         )
 
     def _record(self, shape: StepShape, inputs: HostStep) -> None:
@@ -225,7 +221,7 @@ class Engine:
         attention_seconds = step_seconds = 0.0
         timed = 0
         for shape, records in self.records.items():
-            query_shape = (sum(shape), self.config.heads, self.config.head_dim)
+            query_shape = (shape.tokens, self.config.heads, self.config.head_dim)
             queries = jnp.asarray(self._random.standard_normal(query_shape), self.config.dtype)
             for inputs in records.sample:
                 weight = records.count / len(records.sample)

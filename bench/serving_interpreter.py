@@ -1,4 +1,4 @@
-"""Run the Triton kernel of page attention on a saved step, under Triton's interpreter: `STEP.npz OUTPUT.npy`.
+"""Run the Triton kernel of unified attention on a saved step, under Triton's interpreter: `STEP.npz OUTPUT.npy`.
 
 The environment of the process sets TRITON_INTERPRET=1.
 """
@@ -11,16 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from bench.serving_model import KV_LAYOUT
-from jax_bridge import page_attention
+from jax_bridge import unified_attention
 
 
 def main(source: str, target: str) -> None:
-    """Read the arrays of `bench.serving_check.interpret_page_attention`, write the outputs as float32 `[S, Hq, D]`."""
+    """Read the arrays of `bench.serving_check.interpret_unified_attention`, write the outputs as float32."""
     with np.load(source) as step:
         dtype = str(step["dtype"])
-        query, key_cache, value_cache = (jnp.asarray(step[name], dtype) for name in ("query", "key", "value"))
-        lens, tables = (jnp.asarray(step[name]) for name in ("lens", "tables"))
-    output = page_attention(query, key_cache, value_cache, lens, tables, kv_layout=KV_LAYOUT, platform="triton")
+        sequences = [jnp.asarray(step[name], dtype) for name in ("queries", "key_cache", "value_cache")]
+        sequences += [jnp.asarray(step[name]) for name in ("kv_lens", "block_tables", "query_start_loc")]
+    output = unified_attention(*sequences, kv_layout=KV_LAYOUT, platform="triton")
     np.save(target, np.asarray(output, np.float32))
 
 

@@ -15,9 +15,24 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jax_bridge import page_attention, prefill_page_attention, write_kv_pages
+from jax_bridge import page_attention, unified_attention, write_kv_pages
 
 KV_LAYOUT = "PTHD"
+ATTENTION_CHOICES = ("unified", "page")
+
+
+@dataclass(frozen=True)
+class AttentionChoice:
+    """How a step attends.
+
+    Attributes:
+        operation: "unified": one call of `unified_attention` for any step; "page": `page_attention` for the steps that
+            only decode.
+        platform: of the operation.
+    """
+
+    operation: str
+    platform: str
 
 
 @dataclass(frozen=True)
@@ -65,29 +80,29 @@ class Caches(NamedTuple):
 
 
 class StepInputs[Integers](NamedTuple):
-    """One step: `B` decoding rows, then `C` rows of one chunk, right-aligned (its padding comes first).
+    """One step: `T` packed rows of `S` sequences, those that decode one token first.
 
-    A padding row has slot -1 and, among the decoding rows, length 0. On the host the arrays are numpy's.
+    Padding comes last: sequences without rows, of length 0, and rows of no sequence, with slot -1. Where `T == S` no
+    sequence has more than one row. On the host the arrays are numpy's.
     """
 
-    tokens: Integers  # int32 [B + C]
-    positions: Integers  # int32 [B + C]
-    slots: Integers  # int32 [B + C], page * ps + offset
-    context_lens: Integers  # int32 [B], the new token included
-    block_tables: Integers  # int32 [B, MP]
-    chunk_context_len: Integers  # int32 [1], the chunk included
-    chunk_pages: Integers  # int32 [MP]
+    tokens: Integers  # int32 [T]
+    positions: Integers  # int32 [T]
+    slots: Integers  # int32 [T], page * ps + offset
+    kv_lens: Integers  # int32 [S], the new tokens included
+    block_tables: Integers  # int32 [S, MP]
+    query_start_loc: Integers  # int32 [S + 1]
 
 
 class StepOutputs(NamedTuple):
-    """The greedy token and its logit, of the `B` decoding rows and then of the chunk's last row, each `[B + 1]`."""
+    """The greedy token after each sequence's last row, and its logit, each `[S]`; of no meaning for padding."""
 
     tokens: Array
     logits: Array
 
 
 class StepProbe(NamedTuple):
-    """Queries and attention outputs of every layer of a step, `[layers, B + C, Hq, D]`."""
+    """Queries and attention outputs of every layer of a step, `[layers, T, Hq, D]`."""
 
     queries: Array
     outputs: Array
@@ -130,40 +145,25 @@ def init_caches(config: ModelConfig, num_pages: int, page_size: int) -> Caches:
     return Caches(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype))
 
 
-def attend_step(queries: Array, caches: Caches, inputs: StepInputs[Array], platform: str) -> Array:
-    """Attention of one layer's step: the one place that says which operation serves which rows.
+def attend_step(queries: Array, caches: Caches, inputs: StepInputs[Array], attention: AttentionChoice) -> Array:
+    """Attention of one layer's step: the one place that says which operation serves it.
 
     Args:
-        queries: `[B + C, Hq, D]`.
+        queries: `[T, Hq, D]`.
         caches: of all layers; the tables in `inputs` name this layer's pages.
         inputs: the step.
-        platform: of `page_attention`. Chunks have no Triton operation yet and take "auto" in its place.
+        attention: the operation and its platform.
 
     Returns:
-        `[B + C, Hq, D]`.
+        `[T, Hq, D]`.
     """
-    num_decodes = inputs.context_lens.shape[0]
-    decoded = page_attention(
-        queries[:num_decodes],
-        caches.key,
-        caches.value,
-        inputs.context_lens,
-        inputs.block_tables,
-        kv_layout=KV_LAYOUT,
-        platform=platform,
+    sequences = (queries, caches.key, caches.value, inputs.kv_lens, inputs.block_tables)
+    if attention.operation == "page" and queries.shape[0] == inputs.kv_lens.shape[0]:
+        return page_attention(*sequences, kv_layout=KV_LAYOUT, platform=attention.platform)
+    attended: Array = unified_attention(
+        *sequences, inputs.query_start_loc, kv_layout=KV_LAYOUT, platform=attention.platform
     )
-    if queries.shape[0] == num_decodes:
-        return decoded
-    chunk = prefill_page_attention(
-        queries[num_decodes:],
-        caches.key,
-        caches.value,
-        inputs.chunk_context_len,
-        inputs.chunk_pages,
-        kv_layout=KV_LAYOUT,
-        platform="auto" if platform == "triton" else platform,
-    )
-    return jnp.concatenate([decoded, chunk])
+    return attended
 
 
 def shift_to_layer(inputs: StepInputs[Array], layer: Array | int, num_pages: int, page_size: int) -> StepInputs[Array]:
@@ -172,38 +172,36 @@ def shift_to_layer(inputs: StepInputs[Array], layer: Array | int, num_pages: int
     return inputs._replace(
         slots=jnp.where(inputs.slots < 0, -1, inputs.slots + first_page * page_size),
         block_tables=inputs.block_tables + first_page,
-        chunk_pages=inputs.chunk_pages + first_page,
     )
 
 
 def serve_step(
-    weights: Weights, caches: Caches, inputs: StepInputs[Array], *, config: ModelConfig, platform: str
+    weights: Weights, caches: Caches, inputs: StepInputs[Array], *, config: ModelConfig, attention: AttentionChoice
 ) -> tuple[Caches, StepOutputs]:
     """Compute one step: write the new K/V, attend, pick the next tokens. Meant to be jitted with `caches` donated."""
-    caches, hidden, _ = _run_layers(weights, caches, inputs, config, platform, observe=lambda queries, outputs: None)
-    num_decodes = inputs.context_lens.shape[0]
-    sampled = jnp.concatenate([hidden[:num_decodes], hidden[-1:]])
-    normed = _rms_norm(sampled, weights.final_norm, config.norm_epsilon)
+    caches, hidden, _ = _run_layers(weights, caches, inputs, config, attention, observe=lambda queries, outputs: None)
+    last_rows = jnp.maximum(inputs.query_start_loc[1:] - 1, 0)
+    normed = _rms_norm(hidden[last_rows], weights.final_norm, config.norm_epsilon)
     logits = _project(normed, weights.unembedding).astype(jnp.float32)
     return caches, StepOutputs(jnp.argmax(logits, axis=-1).astype(jnp.int32), jnp.max(logits, axis=-1))
 
 
 def probe_step(
-    weights: Weights, caches: Caches, inputs: StepInputs[Array], *, config: ModelConfig, platform: str
+    weights: Weights, caches: Caches, inputs: StepInputs[Array], *, config: ModelConfig, attention: AttentionChoice
 ) -> tuple[Caches, StepProbe]:
     """`serve_step`, answering what goes into and comes out of attention in every layer."""
-    caches, _, probe = _run_layers(weights, caches, inputs, config, platform, observe=StepProbe)
+    caches, _, probe = _run_layers(weights, caches, inputs, config, attention, observe=StepProbe)
     return caches, probe
 
 
 def attention_only(
-    queries: Array, caches: Caches, inputs: StepInputs[Array], *, config: ModelConfig, platform: str
+    queries: Array, caches: Caches, inputs: StepInputs[Array], *, config: ModelConfig, attention: AttentionChoice
 ) -> Array:
     """The attention calls of a step and nothing else; each layer's output is the next one's query."""
     num_pages, page_size = caches.key.shape[0] // config.layers, caches.key.shape[1]
 
     def attend_layer(queries: Array, layer: Array) -> tuple[Array, None]:
-        return attend_step(queries, caches, shift_to_layer(inputs, layer, num_pages, page_size), platform), None
+        return attend_step(queries, caches, shift_to_layer(inputs, layer, num_pages, page_size), attention), None
 
     return lax.scan(attend_layer, queries, jnp.arange(config.layers, dtype=jnp.int32))[0]
 
@@ -213,7 +211,7 @@ def _run_layers[Observed](
     caches: Caches,
     inputs: StepInputs[Array],
     config: ModelConfig,
-    platform: str,
+    attention: AttentionChoice,
     *,
     observe: Callable[[Array, Array], Observed],
 ) -> tuple[Caches, Array, Observed]:
@@ -231,7 +229,7 @@ def _run_layers[Observed](
         keys = _rotate(_split_heads(_project(normed, weights.key), config.kv_heads), here.positions, config.rope_base)
         values = _split_heads(_project(normed, weights.value), config.kv_heads)
         caches = Caches(*write_kv_pages(keys, values, caches.key, caches.value, here.slots, kv_layout=KV_LAYOUT))
-        attended = attend_step(queries, caches, here, platform)
+        attended = attend_step(queries, caches, here, attention)
         hidden = hidden + _project(attended.reshape(hidden.shape[0], -1), weights.output)
         normed = _rms_norm(hidden, weights.mlp_norm, config.norm_epsilon)
         gated = jax.nn.silu(_project(normed, weights.gate)) * _project(normed, weights.up)

@@ -28,6 +28,7 @@ class StepSample(NamedTuple):
     running: int
     waiting: int
     used_pages: int
+    chunks: int
     prompt_tokens: int
     generated_tokens: int
     preemptions: int
@@ -71,6 +72,7 @@ def build_table(measures: Measures) -> Table:
     rows = [
         ("requests", f"{len(requests)} submitted: {len(served)} served, {refused} refused"),
         ("replay", f"{measures.seconds:.2f} s, {len(samples)} steps"),
+        ("steps with prompts", _prompt_steps(samples)),
         ("prompt tokens", f"{prompt_tokens} of served requests, {prompt_tokens / seconds:.0f} a second"),
         ("generated tokens", f"{scheduler.generated_tokens}, {scheduler.generated_tokens / seconds:.0f} a second"),
         ("computed tokens", f"{scheduler.computed_tokens}, of these {scheduler.dropped_tokens} dropped by preemption"),
@@ -96,6 +98,17 @@ def build_table(measures: Measures) -> Table:
 
 def _peak_and_mean(values: Sequence[int]) -> tuple[float, float]:
     return (max(values), float(np.mean(values))) if values else (0.0, 0.0)
+
+
+def _prompt_steps(samples: Sequence[StepSample]) -> str:
+    chunks = [sample.chunks for sample in samples if sample.chunks]
+    tokens = sum(sample.prompt_tokens for sample in samples)
+    if not chunks:
+        return "none"
+    return (
+        f"{len(chunks)}, each {np.mean(chunks):.1f} chunks and {tokens / len(chunks):.0f} prompt tokens on average, "
+        f"{max(chunks)} chunks at most"
+    )
 
 
 def _attention_share(attention: AttentionShare | None) -> str:

@@ -1,8 +1,8 @@
 """Continuous batching over a paged pool: which tokens the next step computes, and which pages their K/V go to.
 
-Every step decodes one token of each running sequence and, beside that, computes one chunk of the one sequence whose
-prompt is still being read. A sequence that finds no free page preempts the latest admitted one, which gives up its
-pages and later computes its tokens again (preemption by recomputation). Requests are admitted in order of arrival.
+Every step decodes one token of each running sequence and spends what is left of its budget of tokens on chunks of
+prompts, the first admitted first. A sequence that finds no free page preempts the latest admitted one, which gives up
+its pages and later computes its tokens again (preemption by recomputation). Requests are admitted in order of arrival.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Tokens `[start, start + count)` of a sequence whose prompt is being read."""
+    """Tokens `[start, start + count)` of a sequence."""
 
     request: Request
     start: int
@@ -124,20 +124,32 @@ class Chunk:
 
 @dataclass(frozen=True)
 class StepPlan:
-    """What one step computes: one token of each of `decodes`, and a chunk."""
+    """What one step computes: one token of each of `decodes`, and `chunks` of prompts."""
 
     decodes: tuple[Request, ...]
-    chunk: Chunk | None
+    chunks: tuple[Chunk, ...]
+
+    @property
+    def spans(self) -> tuple[Chunk, ...]:
+        """The tokens of every sequence, a decoded one being a chunk of one token, in the order of the results."""
+        return (*(Chunk(request, request.num_tokens - 1, 1) for request in self.decodes), *self.chunks)
+
+    @property
+    def prompt_tokens(self) -> int:
+        return sum(chunk.count for chunk in self.chunks)
 
 
 class Scheduler:
-    """Admission, chunking, preemption and the books of one replay."""
+    """Admission, chunking, preemption and the books of one replay.
 
-    def __init__(self, pool: PagePool, *, max_batch: int, max_context: int, chunk_tokens: int) -> None:
+    A step computes up to `step_tokens` tokens, which are enough for one of each of `max_batch` sequences.
+    """
+
+    def __init__(self, pool: PagePool, *, max_batch: int, max_context: int, step_tokens: int) -> None:
         self.pool = pool
         self.max_batch = max_batch
         self.max_context = max_context
-        self.chunk_tokens = chunk_tokens
+        self.step_tokens = step_tokens
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # in order of admission
         self.preemptions = 0
@@ -172,15 +184,20 @@ class Scheduler:
     def schedule(self) -> StepPlan | None:
         """Plan the next step; None where nothing is queued or running."""
         preempted = self._grow_decoding_sequences()
-        prefilling = next((request for request in self.running if not request.is_decoding), None)
-        if prefilling is None and not preempted:
-            prefilling = self._admit()
         decodes = tuple(request for request in self.running if request.is_decoding)
-        chunk = None
-        if prefilling is not None:
-            count = min(self.chunk_tokens, prefilling.num_tokens - prefilling.num_cached)
-            chunk = Chunk(prefilling, prefilling.num_cached, count)
-        return StepPlan(decodes, chunk) if decodes or chunk else None
+        prefilling = deque(request for request in self.running if not request.is_decoding)
+        chunks: list[Chunk] = []
+        budget = self.step_tokens - len(decodes)
+        while budget > 0:
+            if not prefilling and not preempted and (admitted := self._admit()):
+                prefilling.append(admitted)
+            if not prefilling:
+                break
+            request = prefilling.popleft()
+            chunk = Chunk(request, request.num_cached, min(budget, request.num_tokens - request.num_cached))
+            chunks.append(chunk)
+            budget -= chunk.count
+        return StepPlan(decodes, tuple(chunks)) if decodes or chunks else None
 
     def _grow_decoding_sequences(self) -> bool:
         """See that every decoding sequence has a page for its next token, the oldest first; answer whether that took
@@ -229,23 +246,19 @@ class Scheduler:
         return request
 
     def complete(self, plan: StepPlan, tokens: Sequence[int], logits: Sequence[float], now: float) -> int:
-        """Enter the results of a step: one token (and its logit) for each of `plan.decodes`, then one for the chunk.
+        """Enter the results of a step: one token (and its logit) for each of `plan.spans`.
 
         Returns:
-            How many tokens were generated; the chunk's token counts only where the chunk ends its prompt.
+            How many tokens were generated; the token after a chunk counts only where the chunk ends its prompt.
         """
         before = self.generated_tokens
-        for row, request in enumerate(plan.decodes):
-            request.num_cached += 1
-            self.computed_tokens += 1
-            self._append(request, tokens[row], logits[row], now)
-        if plan.chunk is not None:
-            request = plan.chunk.request
-            finishes = plan.chunk.finishes
-            request.num_cached += plan.chunk.count
-            self.computed_tokens += plan.chunk.count
+        for span, token, logit in zip(plan.spans, tokens, logits, strict=True):
+            request = span.request
+            finishes = span.finishes
+            request.num_cached += span.count
+            self.computed_tokens += span.count
             if finishes and request.max_new_tokens:
-                self._append(request, tokens[len(plan.decodes)], logits[len(plan.decodes)], now)
+                self._append(request, token, logit, now)
             elif finishes:
                 self._finish(request)
         return self.generated_tokens - before

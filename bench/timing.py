@@ -66,6 +66,61 @@ class Program:
         return self.outputs
 
 
+@dataclass(frozen=True)
+class CompiledCalls:
+    """Several calls compiled into one executable that has no arrays yet."""
+
+    compiled: Callable[..., Any]
+    calls: int
+    output_shapes: tuple[Any, ...]
+
+    def bind(self, argument_sets: Sequence[tuple[Any, ...]], *, shared: tuple[Any, ...] = ()) -> Program:
+        """The program over `argument_sets`, which it runs on in groups, one after another.
+
+        Outputs start as NaN, so that what a call leaves unwritten shows.
+
+        Raises:
+            ValueError: the number of sets is not a positive multiple of the calls.
+        """
+        chunks = _chunks(argument_sets, self.calls)
+        return Program(self.compiled, shared, chunks, jax.tree.map(_unwritten, self.output_shapes))
+
+
+def _chunks(argument_sets: Sequence[tuple[Any, ...]], calls: int) -> list[tuple[tuple[Any, ...], ...]]:
+    if calls < 1 or not argument_sets or len(argument_sets) % calls:
+        raise ValueError(f"{len(argument_sets)} argument sets cannot be split into programs of {calls} calls")
+    return [tuple(argument_sets[start : start + calls]) for start in range(0, len(argument_sets), calls)]
+
+
+def _unwritten(shape: jax.ShapeDtypeStruct) -> jax.Array:
+    return jnp.full(shape.shape, jnp.nan if jnp.issubdtype(shape.dtype, jnp.inexact) else 0, shape.dtype)
+
+
+def compile_calls(
+    fn: Callable[..., Any], argument_sets: Sequence[tuple[Any, ...]], *, shared: tuple[Any, ...] = ()
+) -> CompiledCalls:
+    """Compile one program that calls `fn(*shared, *arguments)` for each of `argument_sets`.
+
+    Every output is an output of the program, so nothing is dead code; the sets are parameters of their own, so equal
+    calls are not merged.
+
+    Args:
+        fn: traceable function.
+        argument_sets: arrays or their `jax.ShapeDtypeStruct`s for each call; all of the same shapes.
+        shared: leading arguments that every call gets, such as a cache; arrays or `jax.ShapeDtypeStruct`s.
+    """
+    inner = jax.jit(fn)  # traced and lowered once for all calls of the program
+
+    def program(common: tuple[Any, ...], sets: tuple[tuple[Any, ...], ...], reused: Any) -> tuple[Any, ...]:
+        del reused
+        return tuple(inner(*common, *arguments) for arguments in sets)
+
+    sets = tuple(argument_sets)
+    shapes = jax.eval_shape(functools.partial(program, reused=None), shared, sets)
+    step = jax.jit(program, donate_argnames="reused", keep_unused=True)
+    return CompiledCalls(step.lower(shared, sets, shapes).compile(), len(sets), shapes)
+
+
 def compile_program(
     fn: Callable[..., Any],
     argument_sets: Sequence[tuple[Any, ...]],
@@ -74,9 +129,6 @@ def compile_program(
     calls_per_program: int | None = None,
 ) -> Program:
     """Compile one program that calls `fn(*shared, *arguments)` for `calls_per_program` argument sets.
-
-    Every output is an output of the program, so nothing is dead code; the sets have to be distinct arrays, or else the
-    compiler may merge equal calls.
 
     Args:
         fn: traceable function.
@@ -88,19 +140,8 @@ def compile_program(
         ValueError: the number of sets is not a positive multiple of `calls_per_program`.
     """
     calls = len(argument_sets) if calls_per_program is None else calls_per_program
-    if calls < 1 or not argument_sets or len(argument_sets) % calls:
-        raise ValueError(f"{len(argument_sets)} argument sets cannot be split into programs of {calls} calls")
-    chunks = [tuple(argument_sets[start : start + calls]) for start in range(0, len(argument_sets), calls)]
-    inner = jax.jit(fn)  # traced and lowered once for all calls of the program
-
-    def program(common: tuple[Any, ...], sets: tuple[tuple[Any, ...], ...], reused: Any) -> tuple[Any, ...]:
-        del reused
-        return tuple(inner(*common, *arguments) for arguments in sets)
-
-    shapes = jax.eval_shape(functools.partial(program, reused=None), shared, chunks[0])
-    outputs = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
-    step = jax.jit(program, donate_argnames="reused", keep_unused=True)
-    return Program(step.lower(shared, chunks[0], outputs).compile(), shared, chunks, outputs)
+    first, *_ = _chunks(argument_sets, calls)
+    return compile_calls(fn, first, shared=shared).bind(argument_sets, shared=shared)
 
 
 def measure(
@@ -153,20 +194,6 @@ def measure_program(program: Program, *, repeats: int = 20, sample_seconds: floa
         sample_seconds=sample_seconds,
         warm_up=max(3, len(program.chunks)),
     )
-
-
-def time_jax(
-    fn: Callable[..., Any],
-    argument_sets: Sequence[tuple[Any, ...]],
-    *,
-    shared: tuple[Any, ...] = (),
-    calls_per_program: int | None = None,
-    repeats: int = 20,
-    sample_seconds: float = 0.03,
-) -> Timing:
-    """Time `fn(*shared, *arguments)` inside one jitted program; see `compile_program` and `measure`."""
-    program = compile_program(fn, argument_sets, shared=shared, calls_per_program=calls_per_program)
-    return measure_program(program, repeats=repeats, sample_seconds=sample_seconds)
 
 
 def copy_bandwidth(num_bytes: int = 1 << 30, *, repeats: int = 20, sample_seconds: float = 0.03) -> dict[str, float]:

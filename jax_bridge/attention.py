@@ -112,8 +112,7 @@ class Attention(Operation):
         check.array("key", key, ("B", "K", "Hkv", "D"), ANY_FLOAT)
         check.array("value", value, ("B", "K", "Hkv", "Dv"), ANY_FLOAT)
         group_size = check.heads("query")
-        if check.sizes["D"] < 1:
-            raise check.value_error("query", f"has shape {tuple(query.shape)}", "D >= 1")
+        check.not_empty("D")
         if init_bias is not None and not callable(init_bias):
             raise check.type_error("init_bias", f"is {describe(init_bias)}", "a function without arguments or None")
         bias_argument = "bias"
@@ -202,7 +201,6 @@ def _checked_mask(check: Arguments, mask_info: Any) -> Any:
     mask = compute()
     shape = tuple(getattr(mask, "shape", ()))
     heads = "1" if shape[1:2] == (1,) else "Hq"
-    check.known("1", 1, "the operation")
     return check.array("mask_info", mask, ("B", heads, "Q", "K"), BOOLEAN)
 
 

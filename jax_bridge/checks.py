@@ -1,6 +1,6 @@
 """Checks of values, which tracing cannot see: for debugging, as they read the arrays."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -8,13 +8,13 @@ import numpy as np
 
 from jax_bridge.operation import INDEX_ARGUMENTS, Invocation
 from jax_bridge.registry import find_operation
-from jax_bridge.validation import describe
+from jax_bridge.validation import describe, listed_array_errors
 
 Values = Mapping[str, np.ndarray]
 
 
 def check_values(op: Any, *args: Any, **kwargs: Any) -> None:
-    """Check that lengths, tables and slots stay inside the arrays they refer to.
+    """Check that the arguments fit, and that lengths, tables and slots stay inside the arrays they refer to.
 
     Args:
         op: an operation's name, function or object.
@@ -22,20 +22,35 @@ def check_values(op: Any, *args: Any, **kwargs: Any) -> None:
         **kwargs: the keyword arguments of the call; `platform`, `cfg` and those of sharding do not matter.
 
     Raises:
-        ValueError: lists every problem; or shapes that do not fit.
-        TypeError: an argument of the wrong type, or not concrete.
+        ValueError: lists every problem: arrays of a wrong type, dtype or shape, or other arguments that the call would
+            refuse; where there is none of these, values out of range.
+        TypeError: an array is not concrete, or the operation has no such arguments.
     """
     operation = find_operation(op)
     elsewhere = ("platform", "cfg", "mesh", "in_specs", "out_specs")
-    invocation = operation.invocation(*args, **{name: value for name, value in kwargs.items() if name not in elsewhere})
+    options = {name: value for name, value in kwargs.items() if name not in elsewhere}
+    with listed_array_errors() as refused:
+        try:
+            invocation = operation.invocation(*args, **options)
+        except Exception as error:
+            # Beside a refused array, what is not an error in the common wording comes of going on without it.
+            if str(error).startswith(f"{operation.name}: "):
+                refused.append(error)
+            elif not refused:
+                raise
+    if refused:
+        raise _summary(operation.name, [str(error).removeprefix(f"{operation.name}: ") for error in refused])
     values = {
         name: _concrete(operation.name, name, array)
         for name, array in invocation.arrays.items()
         if array is not None and name in _READ
     }
-    problems = [*_scales(values), *_CHECKS.get(operation.name, _nothing)(invocation, values)]
-    if problems:
-        raise ValueError("\n".join([f"{operation.name}: {len(problems)} problems", *(f"- {p}" for p in problems)]))
+    if problems := [*_scales(values), *_CHECKS.get(operation.name, _nothing)(invocation, values)]:
+        raise _summary(operation.name, problems)
+
+
+def _summary(operation: str, problems: Sequence[str]) -> ValueError:
+    return ValueError("\n".join([f"{operation}: {len(problems)} problems", *(f"- {p}" for p in problems)]))
 
 
 _READ = INDEX_ARGUMENTS | {"k_scale", "v_scale"}

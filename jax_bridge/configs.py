@@ -24,6 +24,8 @@ _RULES: dict[str, tuple[Callable[[int], bool], str]] = {
     "num_key_splits": (lambda value: value >= 1, "an integer >= 1"),
     "num_par_softmax_segments": (lambda value: value >= 1, "an integer >= 1"),
     "seq_threshold_3d": (lambda value: value >= 0, "an integer >= 0"),
+    "decode_num_stages": (lambda value: value >= 1, "an integer >= 1"),
+    "decode_programs_per_sm": (lambda value: value >= 1, "an integer >= 1"),
     "programs_per_sm": (lambda value: value >= 1, "an integer >= 1"),
     "min_tiles_per_split": (lambda value: value >= 1, "an integer >= 1"),
 }
@@ -48,9 +50,9 @@ class Config:
                 self._check_choice(field.name, value, PLATFORMS)
             elif field.name == "backend":
                 self._check_choice(field.name, value, BACKENDS)
-            elif field.name == "bulk_loop":
+            elif field.name == "skip_masks":
                 if value is not None and not isinstance(value, bool):
-                    raise TypeError(f"{type(self).__name__}: bulk_loop is {value!r}, expected a bool")
+                    raise TypeError(f"{type(self).__name__}: skip_masks is {value!r}, expected a bool")
             elif field.name == "fwd_params":
                 if value is not None and not isinstance(value, FwdParams):
                     raise TypeError(f"{type(self).__name__}: fwd_params is {value!r}, expected FwdParams or None")
@@ -84,7 +86,7 @@ class PageAttentionConfig(Config):
         block_n: keys a tile.
         programs_per_sm: programs a streaming multiprocessor that the number of splits aims at.
         min_tiles_per_split: tiles of keys below which a sequence is not divided further.
-        bulk_loop: whether tiles that need no mask run in a loop of their own.
+        skip_masks: whether tiles whose keys every row sees leave out the mask.
     """
 
     num_splits: int | None = None
@@ -96,7 +98,7 @@ class PageAttentionConfig(Config):
     block_n: int | None = None
     programs_per_sm: int | None = None
     min_tiles_per_split: int | None = None
-    bulk_loop: bool | None = None
+    skip_masks: bool | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,19 +109,37 @@ class PrefillPageAttentionConfig(Config):
     num_stages: int | None = None
     platform: str = "auto"
     backend: str = "any"
+    num_splits: int | None = None
+    block_m: int | None = None
+    block_n: int | None = None
+    programs_per_sm: int | None = None
+    min_tiles_per_split: int | None = None
+    skip_masks: bool | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class UnifiedAttentionConfig(Config):
     """How `unified_attention` runs.
 
+    Sequences whose rows (tokens times query heads a KV head) fit a decode tile are divided among programs of one kind,
+    longer ones among programs of another kind, in one launch.
+
     Attributes:
-        seq_threshold_3d: number of sequences up to which batches of single tokens divide the keys.
-        num_par_softmax_segments: pieces that the keys are divided into then.
+        seq_threshold_3d: number of sequences up to which keys are divided; 0 never does.
+        num_par_softmax_segments: pieces that each sequence's keys are divided into; chosen from the lengths if None.
         num_warps: warps a program.
-        num_stages: depth of the software pipeline.
+        num_stages: depth of the software pipeline over prefill tiles.
         platform: see `Config`.
         backend: see `Config`.
+        block_m: query rows a prefill tile.
+        block_n: keys a prefill tile.
+        programs_per_sm: prefill programs a streaming multiprocessor.
+        skip_masks: whether prefill tiles whose keys every row sees leave out the mask.
+        decode_block_m: query rows a decode tile.
+        decode_block_n: keys a decode tile.
+        decode_num_stages: depth of the software pipeline over decode tiles.
+        decode_programs_per_sm: decode programs a streaming multiprocessor.
+        min_tiles_per_split: decode tiles of keys below which a sequence is not divided further.
     """
 
     seq_threshold_3d: int | None = None
@@ -128,6 +148,15 @@ class UnifiedAttentionConfig(Config):
     num_stages: int | None = None
     platform: str = "auto"
     backend: str = "any"
+    block_m: int | None = None
+    block_n: int | None = None
+    programs_per_sm: int | None = None
+    skip_masks: bool | None = None
+    decode_block_m: int | None = None
+    decode_block_n: int | None = None
+    decode_num_stages: int | None = None
+    decode_programs_per_sm: int | None = None
+    min_tiles_per_split: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -83,7 +83,7 @@ def _passed_over(operation: Operation, invocation: Invocation, chosen: str, back
         if platform == chosen:
             continue
         if row is None:
-            reasons.append(f"not {platform}: it does not support {operation.name}")
+            reasons.append(f"not {platform}: it does not have the operation")
         elif (lack := row.lacks(invocation)) is not None:
             reasons.append(f"not {platform}: it does not support {lack}")
         elif needed != backend:

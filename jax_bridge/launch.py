@@ -80,6 +80,8 @@ def launch(
     num_stages: int,
     device: Device,
     operation: str,
+    updated: Mapping[str, jax.Array | None] | None = None,
+    max_registers: int | None = None,
 ) -> dict[str, jax.Array]:
     """Runs `kernel` on a one-dimensional grid.
 
@@ -94,46 +96,74 @@ def launch(
         num_stages: Depth of the software pipeline.
         device: The GPU to compile for.
         operation: The operation that launches, for profiles and errors.
+        updated: Array of every parameter that the kernel changes in place, or None. XLA copies it only where its old
+            content is still needed.
+        max_registers: Registers a thread, so that as many programs as planned fit a multiprocessor.
 
     Returns:
-        The outputs that were asked for, by name.
+        The outputs that were asked for and the updated arrays, by name.
 
     Raises:
-        TypeError: The names are not exactly the kernel's parameters.
+        TypeError: The names are not exactly the kernel's parameters, or outputs are not its last ones.
         ValueError: The grid is empty or too large.
     """
     name = kernel.__name__
-    given = [*outputs, *operands, *constants]
+    updated = updated or {}
+    given = [*outputs, *operands, *updated, *constants]
     if sorted(given) != sorted(kernel.arg_names):
         wrong = sorted(set(given) ^ set(kernel.arg_names))
         raise TypeError(f"{name}: parameters {wrong} are missing, unknown or given twice, expected {kernel.arg_names}")
     if not 0 < num_programs <= _MAX_GRID:
         raise ValueError(f"{name}: the grid has {num_programs} programs, expected 1 to {_MAX_GRID}")
+    parameters = [parameter for parameter in kernel.arg_names if parameter not in constants]
+    if any(parameter in outputs for parameter in parameters[: len(parameters) - len(outputs)]):
+        # jax-triton hands over the buffers of operands, then those of outputs, whatever the order of parameters.
+        raise TypeError(f"{name}: outputs {list(outputs)} come before operands in {parameters}, expected them last")
+    arrays = {parameter: array for parameter, array in {**operands, **updated}.items() if array is not None}
     written = {parameter: output for parameter, output in outputs.items() if output is not None}
-    absent = {parameter: None for parameter, output in outputs.items() if output is None}
+    changed = {parameter: array for parameter, array in updated.items() if array is not None}
+    absent = {
+        parameter: None for parameter in (*outputs, *operands, *updated) if parameter not in {**arrays, **written}
+    }
     if interpreting():
-        return _varying(operands, _interpret(kernel, written, {**operands, **absent}, constants, num_programs))
+        return _varying(arrays, _interpret(kernel, written, arrays, tuple(changed), absent, constants, num_programs))
 
-    ordered = [parameter for parameter in kernel.arg_names if parameter in written]
-    results = _jax_triton().triton_call(
-        kernel=kernel,
-        name=operation,
-        out_type=[written[parameter] for parameter in ordered],
-        grid=(num_programs, 1, 1),
-        num_warps=num_warps,
-        num_stages=num_stages,
-        compute_capability=device.compute_capability,
-        backend_options={"enable_fp_fusion": True},
-        **operands,
-        **absent,
-        **constants,
-    )
-    return _varying(operands, dict(zip(ordered, results, strict=True)))
+    # The buffers of all results follow those of the operands: what is updated comes last, behind the last parameter.
+    results_in_order = [*(parameter for parameter in kernel.arg_names if parameter in written), *changed]
+    operands_in_order = [parameter for parameter in kernel.arg_names if parameter in arrays]
+    with warnings.catch_warnings():
+        # Refs, which jax-triton recommends instead of aliases, cannot be inside of custom_jvp and custom_vmap.
+        warnings.filterwarnings("ignore", "input_output_aliases is deprecated", DeprecationWarning)
+        results = _jax_triton().triton_call(
+            kernel=kernel,
+            name=operation,
+            out_type=[
+                written[parameter] if parameter in written else Output(arrays[parameter].shape, arrays[parameter].dtype)
+                for parameter in results_in_order
+            ],
+            input_output_aliases={
+                operands_in_order.index(parameter): results_in_order.index(parameter) for parameter in changed
+            },
+            grid=(num_programs, 1, 1),
+            num_warps=num_warps,
+            num_stages=num_stages,
+            compute_capability=device.compute_capability,
+            backend_options=backend_options(max_registers),
+            **arrays,
+            **absent,
+            **constants,
+        )
+    return _varying(arrays, dict(zip(results_in_order, results, strict=True)))
 
 
-def _varying(operands: Mapping[str, jax.Array | None], results: dict[str, jax.Array]) -> dict[str, jax.Array]:
+def backend_options(max_registers: int | None) -> dict[str, Any]:
+    """Options of Triton's compiler."""
+    return {"enable_fp_fusion": True, **({"maxnreg": max_registers} if max_registers else {})}
+
+
+def _varying(operands: Mapping[str, jax.Array], results: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """Results marked as varying over the axes of `shard_map` that any operand varies over; calls leave that out."""
-    types = [jax.typeof(array) for array in operands.values() if array is not None]
+    types = [jax.typeof(array) for array in operands.values()]
     # Named `vma` before jax 0.11.2.
     axes = frozenset().union(*(t.vma if hasattr(t, "vma") else t.manual_axis_type.varying for t in types))
     if not axes:
@@ -200,7 +230,10 @@ def _jax_triton() -> Any:
 
 
 def _refuse_platform(platform: str, context: Any, *operands: Any, name: str, **parameters: Any) -> Any:
-    del context, operands, parameters
+    del operands, parameters
+    if len(context.module_context.platforms) > 1:
+        # In a branch of "auto" that this platform never takes: JAX lowers each for all, and `operation` refuses others.
+        return [mlir.ir_constant(np.broadcast_to(np.zeros((), a.dtype), a.shape)) for a in context.avals_out]
     raise NotImplementedError(
         f"{name}[triton] does not support {platform.upper()} devices; set TRITON_INTERPRET=1 before "
         'the first import to run the kernel in the interpreter of Triton, or use platform="xla"'
@@ -280,25 +313,27 @@ _interpreter_lock = threading.Lock()  # the interpreter patches triton.language 
 def _interpret(
     kernel: Any,
     outputs: Mapping[str, Output],
-    operands: Mapping[str, jax.Array | None],
+    arrays: Mapping[str, jax.Array],
+    updated: Sequence[str],
+    absent: Mapping[str, None],
     constants: Mapping[str, Any],
     num_programs: int,
 ) -> dict[str, jax.Array]:
     """Runs a kernel in Triton's interpreter through a host callback."""
-    arrays = {name: array for name, array in operands.items() if array is not None}
-    absent = {name: None for name, array in operands.items() if array is None}
+    answers = {**outputs, **{name: Output(arrays[name].shape, arrays[name].dtype) for name in updated}}
 
     def run(arrays: dict[str, Any]) -> dict[str, np.ndarray]:
-        inputs = {name: _HostBuffer(_widened(np.asarray(array))) for name, array in arrays.items()}
+        inputs = {name: _widened(np.asarray(array)) for name, array in arrays.items()}
         results = {name: _unwritten(output) for name, output in outputs.items()}
-        buffers = {name: _HostBuffer(array) for name, array in results.items()}
+        results |= {name: inputs.pop(name).copy() for name in updated}
+        buffers = {name: _HostBuffer(array) for name, array in {**inputs, **results}.items()}
         # A GPU's arithmetic does not warn either, of values that a `where` then leaves out.
         silence = warnings.catch_warnings(action="ignore", category=RuntimeWarning)
         with _interpreter_lock, np.errstate(all="ignore"), silence:
-            kernel[(num_programs,)](**inputs, **absent, **buffers, **constants)
-        return {name: array.astype(outputs[name].dtype) for name, array in results.items()}
+            kernel[(num_programs,)](**buffers, **absent, **constants)
+        return {name: array.astype(answers[name].dtype) for name, array in results.items()}
 
-    return jax.pure_callback(run, dict(outputs), arrays, vmap_method="sequential")
+    return jax.pure_callback(run, answers, dict(arrays), vmap_method="sequential")
 
 
 def _widened(array: np.ndarray) -> np.ndarray:

@@ -8,7 +8,9 @@ from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import jax
+import jax.extend
 import jax.numpy as jnp
+from jax.interpreters import batching, mlir
 
 from jax_bridge.configs import PLATFORMS, Config
 from jax_bridge.device import Device, current_device
@@ -215,7 +217,7 @@ class Operation(abc.ABC):
 
     def _supported(self, invocation: Invocation, platform: str) -> Implementation:
         row = self.implementation(platform)
-        lack = self.name if row is None else row.lacks(invocation)
+        lack = "this operation" if row is None else row.lacks(invocation)
         if row is None or lack is not None:
             raise self._unsupported(invocation, platform, str(lack))
         return row
@@ -309,7 +311,11 @@ def _execute(plan: _Plan, arrays: Mapping[str, Any]) -> Any:
             return jax.tree.map(lambda output: jnp.zeros(output.shape, output.dtype), outputs)
         *kernels, default = (functools.partial(_run_branch, plan, branch) for branch in plan.branches)
         if not kernels:
-            return default(arrays)
+            answers, platform = default(arrays), plan.branches[-1].implementation.platform
+            if platform not in _LOWERING_NAMES:
+                return answers
+            alone = functools.partial(_lowered_alone_p.bind, name=f"{plan.operation.name}[{platform}]")
+            return jax.tree.map(alone, answers)
         names = [_LOWERING_NAMES[branch.implementation.platform] for branch in plan.branches[:-1]]
 
         @jax.custom_jvp
@@ -322,6 +328,26 @@ def _execute(plan: _Plan, arrays: Mapping[str, Any]) -> Any:
             return jax.jvp(default, primals, tangents)
 
         return choose(arrays)
+
+
+# Identity on the answers of a kernel asked for by name, which refuses to be lowered for several platforms at once. The
+# kernel itself cannot refuse that: JAX lowers each branch of "auto" for all of them, though it takes it on one only.
+_lowered_alone_p = jax.extend.core.Primitive("lowered_alone")
+_lowered_alone_p.def_impl(lambda array, *, name: array)
+_lowered_alone_p.def_abstract_eval(lambda array, *, name: array)
+batching.defvectorized(_lowered_alone_p)
+
+
+def _lower_alone(context: Any, array: Any, *, name: str) -> Any:
+    platforms = context.module_context.platforms
+    if len(platforms) > 1:
+        raise NotImplementedError(
+            f'{name} does not support lowering for {" and ".join(platforms)} at once; use platform="auto"'
+        )
+    return [array]
+
+
+mlir.register_lowering(_lowered_alone_p, _lower_alone)
 
 
 def _invocation(plan: _Plan, arrays: Mapping[str, Any]) -> Invocation:

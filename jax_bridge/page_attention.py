@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import jax
 
 import reference
-from jax_bridge import launch, paged_launch
+from jax_bridge import launch, paged_heuristics, paged_launch
 from jax_bridge.configs import PageAttentionConfig
 from jax_bridge.device import Device
 from jax_bridge.operation import Implementation, Invocation, Operation, Outputs, window_argument
@@ -61,11 +61,27 @@ def _triton(invocation: Invocation, cfg: PageAttentionConfig, device: Device) ->
     options = invocation.options
     if options.num_splits:
         cfg = dataclasses.replace(cfg, num_splits=options.num_splits)
-    attend = launch.kernel_operation(
-        "page_attention[triton]",
-        lambda arrays: paged_launch.page_attention(arrays, invocation.sizes, options, cfg, device),
-    )
-    out, lse = attend(dict(invocation.arrays))
+
+    def attend(arrays: paged_launch.Arrays) -> tuple[jax.Array, jax.Array | None]:
+        operands = {
+            "q_ptr": arrays["query"],
+            "k_ptr": arrays["key_cache"],
+            "v_ptr": arrays["value_cache"],
+            "starts_ptr": None,
+            "lens_ptr": arrays["context_lens"],
+            "table_ptr": arrays["block_tables"],
+            "alibi_ptr": arrays["alibi_slopes"],
+            "qq_bias_ptr": None,
+            "sink_ptr": arrays["attention_sink"],
+            "k_scale_ptr": arrays["k_scale"],
+            "v_scale_ptr": arrays["v_scale"],
+        }
+        call = paged_launch.PagedCall(
+            "page_attention", operands, invocation.sizes, options, device, max_keys=options.max_context_len
+        )
+        return call.attend(paged_heuristics.page_attention_launches(cfg))
+
+    out, lse = launch.kernel_operation("page_attention[triton]", attend)(dict(invocation.arrays))
     return (out, lse) if options.return_lse else out
 
 
@@ -75,14 +91,14 @@ def _triton_lacks(invocation: Invocation) -> str | None:
 
 def _triton_heuristics(invocation: Invocation, device: Device) -> PageAttentionConfig:
     arrays = invocation.arrays
-    return paged_launch.page_attention_config(
+    return paged_heuristics.page_attention_config(
         invocation.sizes, arrays["query"].dtype, arrays["key_cache"].dtype, device
     )
 
 
 def _triton_candidates(invocation: Invocation, device: Device) -> tuple[PageAttentionConfig, ...]:
     heuristic = _triton_heuristics(invocation, device)
-    return paged_launch.page_attention_candidates(
+    return paged_heuristics.page_attention_candidates(
         invocation.sizes, invocation.arrays["key_cache"].dtype, heuristic, device
     )
 

@@ -1,25 +1,30 @@
-"""Launches of the paged Triton kernels: specialisations, tile heuristics, grids and partial results."""
+"""Launches of the paged Triton kernels: specialisations, grids and partial results."""
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from jax_bridge.configs import PageAttentionConfig
 from jax_bridge.device import Device, current_device
 from jax_bridge.launch import Output, interpreting, kernels, launch
 from jax_bridge.layouts import cache_strides
-from jax_bridge.validation import PagedSizes
+from jax_bridge.validation import PagedOptions, PagedSizes
 
-Arrays = Mapping[str, Any]  # an operation's arguments by name, None where absent
+Arrays = Mapping[str, Any]  # arrays by name, None where absent
 
 _MAX_HEAD_DIM = 512
-_MAX_BLOCK_S = 1024  # sequences that a program counts at once in its schedule
+_MAX_BLOCK_S = 1024  # segments that a program counts at once in its schedule
+_REGISTERS_PER_SM, _MOST_REGISTERS = 65_536, 255
+_FEWEST_REGISTERS = 128  # with fewer the loop over tiles spills
+_FEWEST_REGISTERS_WIDE = 168  # likewise for head dims above 128, and for decoding with a soft cap or ALiBi
 _MAX_REDUCE_ELEMENTS = 8192  # float32 partials that a reducing program holds: 64 registers a thread
+# Triton's wgmma has read past tiles with narrower rows (triton#10573, #11366); 3.9 is not known to be free of it.
+_NARROWEST_WGMMA_TILE, _WGMMA_ROWS = 64, 64
+_MIN_REDUCE_SPLITS = 8
+ANY_ROWS = 2**31 - 1
 
 
 def next_power_of_two(value: int) -> int:
@@ -32,7 +37,318 @@ def padded_head_dim(head_dim: int) -> int:
     return max(16, next_power_of_two(head_dim))
 
 
-def paged_cache(sizes: PagedSizes, kv_layout: str, key_shape: tuple[int, ...], value_shape: tuple[int, ...]) -> Any:
+def lacks(sizes: PagedSizes, cache_dtype: Any) -> str | None:
+    """Words for what the paged kernels cannot do on the current device, or None."""
+    if max(sizes.head_dim, sizes.value_head_dim) > _MAX_HEAD_DIM:
+        return f"head dims above {_MAX_HEAD_DIM} (here {max(sizes.head_dim, sizes.value_head_dim)})"
+    if cache_dtype == jnp.float8_e4m3fn and not interpreting() and current_device().compute_capability < 89:
+        return "float8_e4m3fn caches before compute capability 8.9"
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class RowClass:
+    """Sequences by their rows (tokens times query heads a KV head): their tile, and how programs share the work.
+
+    Attributes:
+        block_m: rows a tile.
+        block_n: keys a tile.
+        num_warps: warps a program.
+        num_stages: depth of the software pipeline.
+        skip_masks: whether tiles whose keys every row sees leave out the mask.
+        programs_per_sm: programs a streaming multiprocessor that the balanced schedule reckons with.
+        min_tiles: tiles of keys below which a sequence is not divided further.
+        num_splits: pieces that the keys of every row tile are divided into; 0 lets the kernel balance the batch.
+        is_persistent: whether the programs that run at once walk all work items, or each program does one.
+        fewest_rows: rows of the shortest sequences that belong here.
+        most_rows: rows of the longest ones.
+        takes_tickets: whether programs that walk all items take the next one from a counter, or go at a stride.
+    """
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    skip_masks: bool
+    programs_per_sm: int
+    min_tiles: int
+    num_splits: int = 0
+    is_persistent: bool = True
+    fewest_rows: int = 1
+    most_rows: int = ANY_ROWS
+    takes_tickets: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What bounds the work of a class of sequences, whatever the lengths are.
+
+    Attributes:
+        row_tiles: tiles of rows.
+        key_tiles: tiles of keys that a row tile spans.
+        splits: splits of a row tile.
+        items: splits of all row tiles.
+        capacity: items that the GPU runs at once.
+    """
+
+    row_tiles: int
+    key_tiles: int
+    splits: int
+    items: int
+    capacity: int
+
+
+def work_bounds(rows: RowClass, sizes: PagedSizes, is_packed: bool, longest: int, device: Device) -> Work:
+    """Bounds on the work of the sequences in `rows` that see up to `longest` keys from one row tile."""
+    group, total_rows = sizes.group_size, sizes.num_tokens * sizes.group_size
+    segments = min(sizes.num_seqs + 2 if is_packed else sizes.num_seqs, total_rows // max(rows.fewest_rows, group))
+    most_rows = min(rows.most_rows, total_rows if is_packed else group)
+    row_tiles = min(total_rows // rows.block_m + segments, segments * math.ceil(most_rows / rows.block_m))
+    key_tiles = max(1, math.ceil(longest / rows.block_n))
+    programs = max(1, device.num_sms * rows.programs_per_sm // sizes.num_kv_heads)
+    if rows.num_splits:
+        splits = min(rows.num_splits, key_tiles)
+        items = row_tiles * splits
+    else:
+        splits = min(math.ceil(key_tiles / rows.min_tiles), 2 * programs + 1)
+        items = min(row_tiles * splits, row_tiles + 2 * programs)
+    return Work(row_tiles, key_tiles, splits, items, max(1, min(items, programs)))
+
+
+@dataclasses.dataclass(frozen=True)
+class PagedCall:
+    """A call of a paged operation, ready to be launched.
+
+    Attributes:
+        operation: Its name, for profiles and errors.
+        operands: Arrays by the names of the kernel's parameters, validated; `starts_ptr` None is a token a sequence.
+        sizes: Their sizes. At least one token must be there.
+        options: Static arguments of the operation.
+        device: The GPU to launch for.
+        is_causal: Whether rows see no later keys where the options have no window.
+        max_keys: A bound on the lengths below that of the page table.
+    """
+
+    operation: str
+    operands: Arrays
+    sizes: PagedSizes
+    options: PagedOptions
+    device: Device
+    is_causal: bool = True
+    max_keys: int | None = None
+
+    def attend(self, launches: Sequence[Sequence[RowClass]]) -> tuple[jax.Array, jax.Array | None]:
+        """Launches paged attention.
+
+        Args:
+            launches: The classes of rows that hold every sequence once: one a launch, or one of few rows and one of
+                many that share a launch.
+
+        Returns:
+            The output `[T, Hq, Dv]`, and the LSE `[T, Hq]` or None.
+        """
+        results: dict[str, jax.Array] = {}
+        for classes in launches:
+            results |= self._attend(classes, results)
+        return results["out_ptr"], results.get("lse_ptr")
+
+    def _attend(self, classes: Sequence[RowClass], earlier: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+        """One launch, and the reduction of every class whose keys may be split."""
+        tiles, schedules, works = [], [], []
+        num_slots, partial_rows = 0, 0
+        for rows in classes:
+            work = work_bounds(rows, self.sizes, self._is_packed, self._longest_span(rows), self.device)
+            schedule = self._schedule(rows, work, first_partial=math.ceil(partial_rows / rows.block_m))
+            tiles.append(self._tile(rows))
+            schedules.append(schedule)
+            works.append(work)
+            num_slots += schedule.num_slots
+            if work.splits > 1:
+                partial_rows = (schedule.first_partial + work.items * self.sizes.num_kv_heads) * rows.block_m
+        constants = self._constants()
+        if len(classes) == 1:
+            kernel = kernels("paged_attention").paged_attention_kernel
+            specialised = {"TILE": tiles[0], "SCHEDULE": schedules[0]}
+        else:
+            kernel = kernels("paged_attention").mixed_paged_attention_kernel
+            specialised = {"FEW_TILE": tiles[0], "FEW_SCHEDULE": schedules[0]}
+            specialised |= {"MANY_TILE": tiles[1], "MANY_SCHEDULE": schedules[1]}
+        answers = self._answers()
+        partials = {
+            "partial_out_ptr": Output((partial_rows, self.sizes.value_head_dim), jnp.float32),
+            "partial_lse_ptr": Output((partial_rows,), jnp.float32),
+        }
+        takes_tickets = schedules[0].is_persistent and classes[0].takes_tickets
+        if takes_tickets and len(classes) == 2:
+            num_slots += schedules[0].num_slots  # programs for few rows come first and last
+        updated = {"ticket_ptr": jnp.zeros(1, jnp.int32) if takes_tickets else None}
+        updated |= {name: earlier[name] if output else None for name, output in answers.items()} if earlier else {}
+        num_warps = max(rows.num_warps for rows in classes)
+        results = launch(
+            kernel,
+            outputs={
+                **({} if earlier else answers),
+                **(partials if partial_rows else dict.fromkeys(partials)),
+            },
+            operands=self.operands,
+            updated=updated,
+            constants=constants | specialised,
+            num_programs=num_slots * self.sizes.num_kv_heads,
+            num_warps=num_warps,
+            num_stages=max(rows.num_stages for rows in classes),
+            device=self.device,
+            operation=self.operation,
+            max_registers=self._max_registers(classes, num_warps),
+        )
+        for tile, schedule, work in zip(tiles, schedules, works, strict=True):
+            if work.splits > 1:
+                results |= self._reduce(tile, schedule, work, results)
+        return {name: results[name] for name, output in answers.items() if output}
+
+    def _reduce(self, tile: Any, schedule: Any, work: Work, results: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+        """Merges the partial results of a class of rows into the output."""
+        block_rows, block_splits = reduce_blocks(work, self.sizes, tile, self.device)
+        constants = self._constants()
+        return launch(
+            kernels("split_reduce").split_reduce_kernel,
+            outputs={},
+            operands={
+                **{name: self.operands[name] for name in ("starts_ptr", "lens_ptr", "sink_ptr", "v_scale_ptr")},
+                "partial_out_ptr": results["partial_out_ptr"],
+                "partial_lse_ptr": results["partial_lse_ptr"],
+            },
+            updated={"out_ptr": results["out_ptr"], "lse_ptr": results.get("lse_ptr")},
+            constants={
+                **{name: constants[name] for name in ("QUERIES", "CACHE", "SCORING", "V_SCALE_STRIDE")},
+                "TILE": tile,
+                "SCHEDULE": schedule,
+                "BLOCK_ROWS": block_rows,
+                "BLOCK_SPLITS": block_splits,
+            },
+            num_programs=work.row_tiles * self.sizes.num_kv_heads * (tile.block_m // block_rows),
+            num_warps=4,
+            num_stages=1,
+            device=self.device,
+            operation=self.operation,
+        )
+
+    def _max_registers(self, classes: Sequence[RowClass], num_warps: int) -> int | None:
+        """Registers a thread with which all programs planned for fit a multiprocessor; None for no limit."""
+        widest = padded_head_dim(max(self.sizes.head_dim, self.sizes.value_head_dim))
+        decodes = all(rows.is_persistent for rows in classes)
+        is_plain = self.options.soft_cap is None and self.operands["alibi_ptr"] is None
+        fewest = _FEWEST_REGISTERS if widest <= 128 and (is_plain or not decodes) else _FEWEST_REGISTERS_WIDE
+        threads = num_warps * 32 * max(rows.programs_per_sm for rows in classes)
+        registers = max(fewest, _REGISTERS_PER_SM // threads // 8 * 8)
+        return registers if registers < _MOST_REGISTERS else None
+
+    @property
+    def _is_packed(self) -> bool:
+        return self.operands["starts_ptr"] is not None
+
+    @property
+    def _num_segments(self) -> int:
+        return self.sizes.num_seqs + 2 if self._is_packed else self.sizes.num_seqs
+
+    @property
+    def _longest(self) -> int:
+        """Keys of the longest sequence that the page table and the caller's bound allow."""
+        capacity = min(self.sizes.table_width * self.sizes.page_size, kernels("schedule").LONGEST)
+        capacity = capacity if self.sizes.num_pages else 0
+        return capacity if self.max_keys is None else min(capacity, self.max_keys)
+
+    @property
+    def _window(self) -> tuple[int | None, int | None]:
+        return self.options.window or (None, 0 if self.is_causal else None)
+
+    def _longest_span(self, rows: RowClass) -> int:
+        """Keys from the first tile to the last one that the rows of one row tile see."""
+        left, right = self._window
+        if left is None or right is None:
+            return self._longest
+        tokens = (rows.block_m - 1) // self.sizes.group_size + 2 if self._is_packed else 1
+        return min(self._longest, left + right + tokens + rows.block_n)
+
+    def _answers(self) -> dict[str, Output | None]:
+        rows = (self.sizes.num_tokens, self.sizes.num_q_heads)
+        return {
+            "out_ptr": Output((*rows, self.sizes.value_head_dim), self.operands["q_ptr"].dtype),
+            "lse_ptr": Output(rows, jnp.float32) if self.options.return_lse else None,
+        }
+
+    def _tile(self, rows: RowClass) -> Any:
+        narrowest = _NARROWEST_WGMMA_TILE if rows.block_m >= _WGMMA_ROWS else 0
+        return kernels("specialization").Tile(
+            block_m=rows.block_m,
+            block_n=rows.block_n,
+            block_d=max(narrowest, padded_head_dim(self.sizes.head_dim)),
+            block_dv=max(narrowest, padded_head_dim(self.sizes.value_head_dim)),
+            num_stages=rows.num_stages,
+            skip_masks=rows.skip_masks,
+        )
+
+    def _schedule(self, rows: RowClass, work: Work, first_partial: int) -> Any:
+        is_persistent = rows.is_persistent and work.splits > 1
+        return kernels("specialization").Schedule(
+            fewest_rows=rows.fewest_rows,
+            most_rows=rows.most_rows,
+            max_keys=self._longest,
+            num_splits=1 if work.splits == 1 else rows.num_splits,
+            capacity=work.capacity,
+            most_items=work.items,
+            num_slots=work.capacity if is_persistent else work.items,
+            is_persistent=is_persistent,
+            min_tiles=rows.min_tiles,
+            most_tiles=work.key_tiles,
+            block_s=min(_MAX_BLOCK_S, next_power_of_two(self._num_segments)),
+            first_partial=first_partial,
+        )
+
+    def _constants(self) -> dict[str, Any]:
+        """What every kernel of the call is specialised for."""
+        specialization, operands, options = kernels("specialization"), self.operands, self.options
+        left, right = self._window
+        return {
+            "QUERIES": specialization.Queries(
+                num_seqs=self.sizes.num_seqs,
+                num_segments=self._num_segments,
+                num_tokens=self.sizes.num_tokens,
+                num_q_heads=self.sizes.num_q_heads,
+                num_kv_heads=self.sizes.num_kv_heads,
+                group_size=self.sizes.group_size,
+            ),
+            "CACHE": _paged_cache(self.sizes, options.kv_layout, operands["k_ptr"].shape, operands["v_ptr"].shape),
+            "SCORING": specialization.Scoring(
+                softmax_scale=options.softmax_scale,
+                soft_cap=options.soft_cap,
+                window_left=left,
+                window_right=right,
+                qq_size=0 if operands["qq_bias_ptr"] is None else operands["qq_bias_ptr"].shape[0],
+                scale_is_folded=options.soft_cap is None
+                and all(operands[name] is None for name in ("alibi_ptr", "qq_bias_ptr", "k_scale_ptr"))
+                and options.softmax_scale > 0,
+            ),
+            "K_SCALE_STRIDE": _scale_stride(operands["k_scale_ptr"]),
+            "V_SCALE_STRIDE": _scale_stride(operands["v_scale_ptr"]),
+        }
+
+
+def reduce_blocks(work: Work, sizes: PagedSizes, tile: Any, device: Device) -> tuple[int, int]:
+    """Rows and splits that one program of the reduction holds at once.
+
+    A batch of equal lengths has `capacity / row_tiles` splits a row tile; twice as many are loaded in one go, and some
+    more for the one long sequence among short ones. More rows than one are taken where the programs would otherwise be
+    too many for the SMs.
+    """
+    expected_splits = max(_MIN_REDUCE_SPLITS, 2 * work.capacity // work.row_tiles)
+    block_splits = min(64, next_power_of_two(min(work.splits, expected_splits)))
+    fitting = max(1, _MAX_REDUCE_ELEMENTS // (tile.block_dv * block_splits))
+    for_occupancy = max(1, work.row_tiles * sizes.num_q_heads // (4 * device.num_sms))
+    rows = min(fitting, for_occupancy, tile.block_m)
+    return 1 << rows.bit_length() - 1, block_splits
+
+
+def _paged_cache(sizes: PagedSizes, kv_layout: str, key_shape: tuple[int, ...], value_shape: tuple[int, ...]) -> Any:
     """`triton_kernels.specialization.PagedCache` of a pair of caches."""
     k_strides, v_strides = cache_strides(kv_layout, key_shape), cache_strides(kv_layout, value_shape)
     return kernels("specialization").PagedCache(
@@ -50,229 +366,6 @@ def paged_cache(sizes: PagedSizes, kv_layout: str, key_shape: tuple[int, ...], v
     )
 
 
-def lacks(sizes: PagedSizes, cache_dtype: Any) -> str | None:
-    """Words for what the paged kernels cannot do on the current device, or None."""
-    if max(sizes.head_dim, sizes.value_head_dim) > _MAX_HEAD_DIM:
-        return f"head dims above {_MAX_HEAD_DIM} (here {max(sizes.head_dim, sizes.value_head_dim)})"
-    if cache_dtype == jnp.float8_e4m3fn and not interpreting() and current_device().compute_capability < 89:
-        return "float8_e4m3fn caches before compute capability 8.9"
-    return None
-
-
-def page_attention_config(sizes: PagedSizes, query_dtype: Any, cache_dtype: Any, device: Device) -> PageAttentionConfig:
-    """Tile shape and split target of page attention, from static shapes and the device alone.
-
-    Measured on an H100 (docs/performance.md): many programs with one tile in flight each beat fewer with deeper
-    pipelines; a loop of its own for unmasked tiles saves nothing where memory decides, and its code makes some tiles
-    spill registers.
-    """
-    block_d, block_dv = padded_head_dim(sizes.head_dim), padded_head_dim(sizes.value_head_dim)
-    widest = max(block_d, block_dv)
-    if np.dtype(query_dtype).itemsize == 4:  # IEEE dot products run on FMA units, out of registers
-        block_m, block_n, num_warps = 16, max(16, min(32, 4096 // widest)), 4
-    else:
-        block_m = min(64, max(8, next_power_of_two(sizes.group_size)))
-        block_n = 64 if widest <= 128 else 32
-        num_warps = 4 if widest <= 256 else 8
-    num_stages = 2
-    while num_stages > 1 and _pipeline_bytes(sizes, cache_dtype, block_n, num_stages) > device.shared_memory // 2:
-        num_stages -= 1
-    return PageAttentionConfig(
-        num_warps=num_warps,
-        num_stages=num_stages,
-        block_m=block_m,
-        block_n=block_n,
-        programs_per_sm=4,
-        min_tiles_per_split=2,
-        bulk_loop=False,
-    )
-
-
-def page_attention_candidates(
-    sizes: PagedSizes, cache_dtype: Any, heuristic: Any, device: Device
-) -> tuple[PageAttentionConfig, ...]:
-    """Configurations worth timing: variations of the heuristic one that fit the device's shared memory."""
-    variations: tuple[dict[str, Any], ...] = (
-        {},
-        {"num_stages": 3, "programs_per_sm": 3},
-        {"programs_per_sm": 3},
-        {"num_warps": 2},
-        {"block_m": max(16, heuristic.block_m), "num_warps": 2},
-        {"block_n": 2 * heuristic.block_n, "programs_per_sm": 3},
-        {"block_n": max(16, heuristic.block_n // 2)},
-        {"bulk_loop": not heuristic.bulk_loop},
-        {"num_splits": 1},
-    )
-    candidates = dict.fromkeys(dataclasses.replace(heuristic, **changes) for changes in variations)
-    return tuple(
-        cfg
-        for cfg in candidates
-        if _pipeline_bytes(sizes, cache_dtype, cfg.block_n, cfg.num_stages) <= device.shared_memory
-    )
-
-
-def _pipeline_bytes(sizes: PagedSizes, cache_dtype: Any, block_n: int, num_stages: int) -> int:
-    """Shared memory of the K and V tiles in flight."""
-    widths = padded_head_dim(sizes.head_dim) + padded_head_dim(sizes.value_head_dim)
-    return block_n * widths * np.dtype(cache_dtype).itemsize * max(1, num_stages - 1)
-
-
-def page_attention(
-    arrays: Arrays, sizes: PagedSizes, options: Any, config: Any, device: Device
-) -> tuple[jax.Array, jax.Array | None]:
-    """Launches page attention v1, or v2 and its reduction.
-
-    Args:
-        arrays: The operation's arrays by name, validated.
-        sizes: Their sizes.
-        options: Static arguments: softmax_scale, soft_cap, window, kv_layout, return_lse, num_splits, max_context_len.
-        config: Every field chosen, `num_splits` None for a balanced schedule.
-        device: The GPU to launch for.
-
-    Returns:
-        The output, and the LSE or None. At least one sequence and one head must be there.
-    """
-    specialization = kernels("specialization")
-    query = arrays["query"]
-    num_rows = (sizes.num_seqs, sizes.num_q_heads)
-    outputs = {
-        "out_ptr": Output((*num_rows, sizes.value_head_dim), query.dtype),
-        "lse_ptr": Output(num_rows, jnp.float32) if options.return_lse else None,
-    }
-    window_left = options.window[0] if options.window else None
-    max_keys = min(sizes.table_width * sizes.page_size, kernels("schedule").LONGEST) if sizes.num_pages else 0
-    if options.max_context_len is not None:
-        max_keys = min(max_keys, options.max_context_len)
-    tile = specialization.Tile(
-        block_m=config.block_m,
-        block_n=config.block_n,
-        block_d=padded_head_dim(sizes.head_dim),
-        block_dv=padded_head_dim(sizes.value_head_dim),
-        num_stages=config.num_stages,
-        bulk_loop=config.bulk_loop,
-    )
-    programs_per_item = sizes.num_kv_heads * math.ceil(sizes.group_size / config.block_m)
-    max_splits, max_items, capacity = split_bounds(
-        sizes.num_seqs,
-        max_keys if window_left is None else min(max_keys, window_left + config.block_n),
-        config,
-        max(1, device.num_sms * config.programs_per_sm // programs_per_item),
-    )
-    schedule = specialization.Schedule(
-        num_seqs=sizes.num_seqs,
-        max_keys=max_keys,
-        num_splits=config.num_splits or 0,
-        capacity=capacity,
-        min_tiles=config.min_tiles_per_split,
-        block_s=min(_MAX_BLOCK_S, next_power_of_two(sizes.num_seqs)),
-    )
-    constants = {
-        "NUM_Q_HEADS": sizes.num_q_heads,
-        "NUM_KV_HEADS": sizes.num_kv_heads,
-        "CACHE": paged_cache(sizes, options.kv_layout, arrays["key_cache"].shape, arrays["value_cache"].shape),
-        "SCORING": specialization.Scoring(
-            softmax_scale=options.softmax_scale,
-            soft_cap=options.soft_cap,
-            window_left=window_left,
-            scale_is_folded=options.soft_cap is None
-            and arrays["alibi_slopes"] is None
-            and arrays["k_scale"] is None
-            and options.softmax_scale > 0,
-        ),
-        "SCHEDULE": schedule,
-        "TILE": tile,
-    }
-    attend_operands = {
-        "q_ptr": query,
-        "k_ptr": arrays["key_cache"],
-        "v_ptr": arrays["value_cache"],
-        "lens_ptr": arrays["context_lens"],
-        "table_ptr": arrays["block_tables"],
-        "alibi_ptr": arrays["alibi_slopes"],
-        "k_scale_ptr": arrays["k_scale"],
-    }
-    finish_operands = {"sink_ptr": arrays["attention_sink"], "v_scale_ptr": arrays["v_scale"]}
-    k_scale_stride = {"K_SCALE_STRIDE": scale_stride(arrays["k_scale"])}
-    v_scale_stride = {"V_SCALE_STRIDE": scale_stride(arrays["v_scale"])}
-    launch_options = {
-        "num_warps": config.num_warps,
-        "num_stages": config.num_stages,
-        "device": device,
-        "operation": "page_attention",
-    }
-
-    if max_splits <= 1:
-        results = launch(
-            kernels("page_attention").page_attention_kernel,
-            outputs=outputs,
-            operands=attend_operands | finish_operands,
-            constants=constants | k_scale_stride | v_scale_stride,
-            num_programs=sizes.num_seqs * programs_per_item,
-            **launch_options,
-        )
-        return results["out_ptr"], results.get("lse_ptr")
-
-    partials = launch(
-        kernels("page_attention").page_attention_split_kernel,
-        outputs={
-            "partial_out_ptr": Output((max_items, sizes.num_q_heads, sizes.value_head_dim), jnp.float32),
-            "partial_lse_ptr": Output((max_items, sizes.num_q_heads), jnp.float32),
-        },
-        operands=attend_operands,
-        constants=constants | k_scale_stride,
-        num_programs=capacity * programs_per_item,
-        **launch_options,
-    )
-    block_splits, block_heads = reduce_blocks(sizes, tile.block_dv, max_splits, capacity, device)
-    results = launch(
-        kernels("split_reduce").split_reduce_kernel,
-        outputs=outputs,
-        operands=partials | finish_operands | {"lens_ptr": arrays["context_lens"]},
-        constants=constants | v_scale_stride | {"BLOCK_SPLITS": block_splits, "BLOCK_HEADS": block_heads},
-        num_programs=sizes.num_seqs * math.ceil(sizes.num_q_heads / block_heads),
-        num_warps=4,
-        num_stages=1,
-        device=device,
-        operation="page_attention",
-    )
-    return results["out_ptr"], results.get("lse_ptr")
-
-
-def scale_stride(scale: jax.Array | None) -> int:
+def _scale_stride(scale: jax.Array | None) -> int:
     """Step between the scales of two KV heads: 0 where one scale serves all."""
     return 0 if scale is None or scale.shape[0] == 1 else 1
-
-
-def split_bounds(num_seqs: int, longest: int, config: Any, programs: int) -> tuple[int, int, int]:
-    """What bounds the work of a split launch, whatever the lengths are.
-
-    Args:
-        num_seqs: Sequences.
-        longest: Keys that a sequence attends to at most.
-        config: Splits and tile size.
-        programs: Work items that the GPU runs at once.
-
-    Returns:
-        The most splits of a sequence, the most work items of the batch, and the work items to run at once.
-    """
-    max_tiles = math.ceil(longest / config.block_n)
-    if config.num_splits:
-        max_splits = min(config.num_splits, max_tiles)
-        max_items = num_seqs * max_splits
-    else:
-        max_splits = min(math.ceil(max_tiles / config.min_tiles_per_split), 2 * programs + 1)
-        max_items = min(num_seqs * max_splits, num_seqs + 2 * programs)
-    return max_splits, max_items, max(1, min(max_items, programs))
-
-
-def reduce_blocks(sizes: PagedSizes, block_dv: int, max_splits: int, capacity: int, device: Device) -> tuple[int, int]:
-    """Splits and query heads that one program of the reduction holds at once.
-
-    A batch of equal lengths has `capacity / S` splits a sequence; twice as many are loaded in one go. More heads than
-    one are taken where the programs would otherwise be too many for the SMs.
-    """
-    block_splits = min(64, next_power_of_two(min(max_splits, max(2, 2 * capacity // sizes.num_seqs))))
-    fitting = max(1, _MAX_REDUCE_ELEMENTS // (block_dv * block_splits))
-    for_occupancy = max(1, sizes.num_seqs * sizes.num_q_heads // (4 * device.num_sms))
-    heads = min(fitting, for_occupancy, sizes.num_q_heads)
-    return block_splits, 1 << heads.bit_length() - 1

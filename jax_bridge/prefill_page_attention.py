@@ -1,11 +1,13 @@
 """Attention of one chunk of one sequence over its pages: chunked prefill."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
+import jax.numpy as jnp
 
 import reference
+from jax_bridge import launch, paged_heuristics, paged_launch
 from jax_bridge.configs import PrefillPageAttentionConfig
 from jax_bridge.device import Device
 from jax_bridge.operation import Implementation, Invocation, Operation, Outputs, window_argument
@@ -34,12 +36,64 @@ def _xla(invocation: Invocation, cfg: PrefillPageAttentionConfig, device: Device
     )
 
 
+def _triton(invocation: Invocation, cfg: PrefillPageAttentionConfig, device: Device) -> Outputs:
+    sizes, options = invocation.sizes, invocation.options
+
+    def attend(arrays: paged_launch.Arrays) -> tuple[jax.Array, jax.Array | None]:
+        operands = {
+            "q_ptr": arrays["query"],
+            "k_ptr": arrays["key_cache"],
+            "v_ptr": arrays["value_cache"],
+            "starts_ptr": jnp.array([0, sizes.num_tokens], jnp.int32),
+            "lens_ptr": arrays["context_len"],
+            "table_ptr": arrays["page_indices"],
+            "alibi_ptr": arrays["alibi_slopes"],
+            "qq_bias_ptr": None,
+            "sink_ptr": arrays["attention_sink"],
+            "k_scale_ptr": arrays["k_scale"],
+            "v_scale_ptr": arrays["v_scale"],
+        }
+        call = paged_launch.PagedCall("prefill_page_attention", operands, sizes, options, device)
+        return call.attend(paged_heuristics.prefill_page_attention_launches(cfg, sizes, device))
+
+    out, lse = launch.kernel_operation("prefill_page_attention[triton]", attend)(dict(invocation.arrays))
+    return (out, lse) if options.return_lse else out
+
+
+def _triton_lacks(invocation: Invocation) -> str | None:
+    return paged_launch.lacks(invocation.sizes, invocation.arrays["key_cache"].dtype)
+
+
+def _triton_heuristics(invocation: Invocation, device: Device) -> PrefillPageAttentionConfig:
+    arrays = invocation.arrays
+    return paged_heuristics.prefill_page_attention_config(
+        invocation.sizes, arrays["query"].dtype, arrays["key_cache"].dtype, device
+    )
+
+
+def _triton_candidates(invocation: Invocation, device: Device) -> tuple[PrefillPageAttentionConfig, ...]:
+    heuristic = _triton_heuristics(invocation, device)
+    return paged_heuristics.prefill_page_attention_candidates(
+        invocation.sizes, invocation.arrays["key_cache"].dtype, heuristic, device
+    )
+
+
 class PrefillPageAttention(Operation):
     """The operation object of `prefill_page_attention`."""
 
     name = "prefill_page_attention"
     config_type = PrefillPageAttentionConfig
-    implementations = (Implementation("xla", _xla),)
+    implementations: ClassVar[tuple[Implementation, ...]] = (
+        Implementation(
+            "triton",
+            _triton,
+            lacks=_triton_lacks,
+            heuristic_cfg=_triton_heuristics,
+            candidate_cfgs=_triton_candidates,
+            is_available=launch.available,
+        ),
+        Implementation("xla", _xla),
+    )
 
     def invocation(
         self,

@@ -110,6 +110,7 @@ class RaggedDecodeAttention(Operation):
         check.same_dtype("key", key, "query", query)
         check.same_dtype("value", value, "query", query)
         group_size = check.heads("query")
+        check.not_empty("D")
         arrays = {
             "query": query,
             "key": key,

@@ -2,11 +2,13 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
+import jax.numpy as jnp
 
 import reference
+from jax_bridge import launch, paged_heuristics, paged_launch
 from jax_bridge.configs import UnifiedAttentionConfig
 from jax_bridge.device import Device
 from jax_bridge.operation import Implementation, Invocation, Operation, Outputs, window_argument
@@ -44,12 +46,73 @@ def _xla(invocation: Invocation, cfg: UnifiedAttentionConfig, device: Device | N
     )
 
 
+def _triton(invocation: Invocation, cfg: UnifiedAttentionConfig, device: Device) -> Outputs:
+    sizes, options, arrays = invocation.sizes, invocation.options, dict(invocation.arrays)
+    if sizes.num_seqs == 0:  # all rows are padding: the same as one sequence of no tokens
+        sizes = dataclasses.replace(sizes, num_seqs=1)
+        starts = arrays["query_start_loc"]
+        arrays |= {
+            "kv_lens": jnp.zeros(1, jnp.int32),
+            "block_tables": jnp.zeros((1, sizes.table_width), jnp.int32),
+            "query_start_loc": jnp.concatenate([starts, starts]),
+        }
+    launches = paged_heuristics.unified_attention_launches(cfg, sizes, invocation.arrays["queries"].dtype, device)
+
+    def attend(arrays: paged_launch.Arrays) -> tuple[jax.Array, jax.Array | None]:
+        operands = {
+            "q_ptr": arrays["queries"],
+            "k_ptr": arrays["key_cache"],
+            "v_ptr": arrays["value_cache"],
+            "starts_ptr": arrays["query_start_loc"],
+            "lens_ptr": arrays["kv_lens"],
+            "table_ptr": arrays["block_tables"],
+            "alibi_ptr": arrays["alibi_slopes"],
+            "qq_bias_ptr": arrays["qq_bias"],
+            "sink_ptr": arrays["attention_sink"],
+            "k_scale_ptr": arrays["k_scale"],
+            "v_scale_ptr": arrays["v_scale"],
+        }
+        call = paged_launch.PagedCall("unified_attention", operands, sizes, options, device, is_causal=options.causal)
+        return call.attend(launches)
+
+    out, lse = launch.kernel_operation("unified_attention[triton]", attend)(arrays)
+    return (out, lse) if options.return_lse else out
+
+
+def _triton_lacks(invocation: Invocation) -> str | None:
+    return paged_launch.lacks(invocation.sizes, invocation.arrays["key_cache"].dtype)
+
+
+def _triton_heuristics(invocation: Invocation, device: Device) -> UnifiedAttentionConfig:
+    arrays = invocation.arrays
+    return paged_heuristics.unified_attention_config(
+        invocation.sizes, arrays["queries"].dtype, arrays["key_cache"].dtype, device
+    )
+
+
+def _triton_candidates(invocation: Invocation, device: Device) -> tuple[UnifiedAttentionConfig, ...]:
+    heuristic = _triton_heuristics(invocation, device)
+    return paged_heuristics.unified_attention_candidates(
+        invocation.sizes, invocation.arrays["key_cache"].dtype, heuristic, device
+    )
+
+
 class UnifiedAttention(Operation):
     """The operation object of `unified_attention`."""
 
     name = "unified_attention"
     config_type = UnifiedAttentionConfig
-    implementations = (Implementation("xla", _xla),)
+    implementations: ClassVar[tuple[Implementation, ...]] = (
+        Implementation(
+            "triton",
+            _triton,
+            lacks=_triton_lacks,
+            heuristic_cfg=_triton_heuristics,
+            candidate_cfgs=_triton_candidates,
+            is_available=launch.available,
+        ),
+        Implementation("xla", _xla),
+    )
 
     def invocation(
         self,

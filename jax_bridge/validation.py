@@ -3,7 +3,9 @@
 import math
 import numbers
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -122,6 +124,34 @@ def brackets(axes: Axes) -> str:
     return f"[{', '.join(axes)}]"
 
 
+_listed: ContextVar[list[Exception] | None] = ContextVar("listed", default=None)
+
+
+@contextmanager
+def listed_array_errors() -> Iterator[list[Exception]]:
+    """Arrays that do not fit put their errors into a list instead of raising the first; what uses them may fail."""
+    errors: list[Exception] = []
+    token = _listed.set(errors)
+    try:
+        yield errors
+    finally:
+        _listed.reset(token)
+
+
+def _listing(check: Callable[..., Any], errors: list[Exception]) -> Callable[..., Any]:
+    def checked(argument: str, value: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return check(argument, value, *args, **kwargs)
+        except (TypeError, ValueError) as error:
+            errors.append(error)
+            return value
+
+    return checked
+
+
+_ARRAY_CHECKS = ("array", "length", "values", "same_dtype", "kv_scale", "sinks")
+
+
 class Arguments:
     """Checks the arguments of one call and keeps the size that each named axis was found to have."""
 
@@ -129,6 +159,11 @@ class Arguments:
         self.operation = operation
         self.sizes: dict[str, int] = {}
         self._sources: dict[str, str] = {}
+        self._axes: dict[str, Axes] = {}
+        errors = _listed.get()
+        if errors is not None:
+            for name in _ARRAY_CHECKS:
+                setattr(self, name, _listing(getattr(self, name), errors))
 
     def type_error(self, argument: str, got: str, expected: str) -> TypeError:
         """A `TypeError` in the common wording."""
@@ -149,6 +184,7 @@ class Arguments:
             raise self.type_error(argument, f"has dtype {dtype}", rule.expected)
         if len(shape) != len(axes):
             raise self.value_error(argument, f"has shape {tuple(shape)}", f"{len(axes)} axes {brackets(axes)}")
+        self._axes[argument] = axes
         for axis, size in zip(axes, shape, strict=True):
             known = self.sizes.setdefault(axis, size)
             if known != size:
@@ -173,9 +209,12 @@ class Arguments:
         """Check one length: an integer, or an integer array `[]` or `[1]`."""
         if isinstance(value, int) and not isinstance(value, bool):
             return np.asarray([min(max(value, _INT32.min), _INT32.max)], np.int32)
-        axes = () if getattr(value, "shape", None) == () else ("1",)
-        self.known("1", 1, "the operation")
-        return self.index(argument, value, axes)
+        shape = getattr(value, "shape", None)
+        if shape is None:
+            raise self.type_error(argument, f"is {describe(value)}", "an integer or an array: a scalar or [1]")
+        if shape not in ((), (1,)):
+            raise self.value_error(argument, f"has shape {tuple(shape)}", "a scalar or [1]")
+        return self.index(argument, value, ("1",) * len(shape))
 
     def layout(self, kv_layout: Any) -> str:
         """Check the name of a cache layout."""
@@ -191,9 +230,14 @@ class Arguments:
         value_axes = tuple("Dv" if axis == "D" else axis for axis in axes)
         self.values("value_cache", value_cache, value_axes, CACHE, same_width=same_width)
         self.same_dtype("value_cache", value_cache, "key_cache", key_cache)
-        for axis in ("ps", "Hkv", "D", "Dv"):
+        self.not_empty("ps", "Hkv", "D", "Dv")
+
+    def not_empty(self, *axes: str) -> None:
+        """Check that axes of checked arrays are not empty."""
+        for axis in axes:
             if self.sizes[axis] < 1:
-                raise self.value_error(self._sources[axis], f"has {axis} = 0 in {brackets(axes)}", f"{axis} >= 1")
+                source = self._sources[axis]
+                raise self.value_error(source, f"has {axis} = 0 in {brackets(self._axes[source])}", f"{axis} >= 1")
 
     def values(self, argument: str, value: Any, axes: Axes, rule: DtypeRule, *, same_width: bool) -> None:
         """Check a value array, whose last axis `Dv` must equal `D` in the operations with one head width."""
@@ -239,9 +283,14 @@ class Arguments:
 
     def sinks(self, argument: str, value: Any, rule: DtypeRule) -> Any:
         """Check sink logits: None, `[n]`, or `[Hq, n]`."""
-        return self.optional(
-            argument, value, ("n",) if len(getattr(value, "shape", (0, 0))) == 1 else ("Hq", "n"), rule
-        )
+        if value is None:
+            return None
+        shape, expected = getattr(value, "shape", None), "[n] or [Hq, n]"
+        if shape is None:
+            raise self.type_error(argument, f"is {describe(value)}", f"an array {expected}")
+        if len(shape) not in (1, 2):
+            raise self.value_error(argument, f"has shape {tuple(shape)}", expected)
+        return self.array(argument, value, ("n",) if len(shape) == 1 else ("Hq", "n"), rule)
 
     def paged_sizes(self, num_seqs: str | int, num_tokens: str) -> PagedSizes:
         """The sizes of a paged call, once every array has been checked."""
@@ -355,7 +404,7 @@ def _same_dtype(left: Any, right: Any) -> bool:
 
 def narrowed(value: Any) -> Any:
     """A numpy array of 64-bit integers as int32, clipped; anything else as it is."""
-    if isinstance(value, (np.ndarray, np.generic)) and value.dtype.itemsize == 8:
+    if isinstance(value, (np.ndarray, np.generic)) and value.dtype.itemsize == 8 and value.dtype.kind in "iu":
         return np.clip(value, max(_INT32.min, np.iinfo(value.dtype).min), _INT32.max).astype(np.int32)
     return value
 

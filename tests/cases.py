@@ -318,6 +318,8 @@ EDGE_CASES: tuple[Case, ...] = (
     _unified("shared_pages", page_order="shared"),
     _unified("page_odd", page_size=5),
     _unified("head_scale", kv_scale="head"),
+    _unified("long_prompt", query_lens=(1, 52, 2), kv_lens=(40, 60, 18), return_lse=True, sinks=1),
+    _unified("class_boundary", query_lens=(7, 8, 9, 1, 16), kv_lens=(7, 30, 20, 40, 17), return_lse=True),
     _ragged("everything", **(_EVERYTHING | {"window": (20, 0), "sinks": 2})),
     _ragged("rank_four", rank_four=True, return_lse=True),
     _ragged("window_int", window=9),
@@ -370,6 +372,8 @@ def matrix(full: bool = False) -> tuple[Case, ...]:
         dtypes: tuple[str, ...] = FLOATS
         if not full and case in EDGE_CASES:
             dtypes = ("float32", FLOATS[1 + position % 2]) if position % 3 == 0 else ("float32",)
+            if case.operation == "unified_attention":  # float32 has no prefill tiles
+                dtypes = ("float32", "float16")
         elif not full and case.name not in _THOROUGH:
             dtypes = (FLOATS[position % 3],)
         floating += [case.replace(name=f"{case.name}-{dtype}", dtype=dtype) for dtype in dtypes]

@@ -8,6 +8,9 @@
 from __future__ import annotations
 
 import os
+import re
+import zlib
+from collections.abc import Iterator
 
 import hypothesis
 import pytest
@@ -36,6 +39,19 @@ def _runs_on_gpu() -> bool:
     return os.environ.get("JAX_BRIDGE_TEST_DEVICE") == "gpu"
 
 
+@pytest.fixture(scope="module")
+def small_device() -> Iterator[None]:
+    """Kernels are launched for a small device, unless a GPU runs them: the interpreter takes its time a program."""
+    from jax_bridge.device import target_device
+    from tests.implementations import ON_GPU, SMALL_DEVICE
+
+    if ON_GPU:
+        yield
+    else:
+        with target_device(SMALL_DEVICE):
+            yield
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Sets the environment. Test modules, and with them JAX and Triton, are imported later."""
     if not _runs_on_gpu():
@@ -51,6 +67,22 @@ def pytest_configure(config: pytest.Config) -> None:
             config.addinivalue_line("filterwarnings", "ignore:All-NaN slice encountered:RuntimeWarning")
 
 
+SAMPLED = {
+    r"test_packed_properties": 4,
+    r"test_planted_bugs": 3,
+    r"test_packed_on_nvidia": 2,
+    r"test_matches_float64\[(unified|prefill_page)_attention\[triton\]-.*-float32": 3,
+}
+"""Tests of which a run without HYPOTHESIS_PROFILE=full takes one in so many, always the same ones."""
+
+
+def _is_for_later(item: pytest.Item) -> bool:
+    if _runs_on_gpu() or os.environ.get("HYPOTHESIS_PROFILE") == "full":
+        return False
+    share = max((number for pattern, number in SAMPLED.items() if re.search(pattern, item.nodeid)), default=1)
+    return zlib.crc32(item.nodeid.encode()) % share > 0
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leaves out what this run cannot execute: native tests without a GPU, compilations in the interpreter."""
     unwanted = set()
@@ -58,7 +90,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         unwanted.add("gpu")
     if not _asks_for_compiling(config):
         unwanted.add("compile")
-    left_out = [item for item in items if any(item.get_closest_marker(name) for name in unwanted)]
+    left_out = [
+        item for item in items if any(item.get_closest_marker(name) for name in unwanted) or _is_for_later(item)
+    ]
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in left_out]

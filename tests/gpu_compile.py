@@ -16,6 +16,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from jax_bridge.launch import backend_options
+
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _TYPES = {
     "float32": "fp32",
@@ -37,6 +39,7 @@ class Launch:
     constants: dict[str, Any]
     num_warps: int
     num_stages: int
+    max_registers: int | None
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,35 @@ class Binary:
     cp_async: int
     wide_loads: int
     ttgir: str
+    launch: Launch
+
+    @property
+    def prefills(self) -> bool:
+        """Whether it computes tiles of many rows, beside those of few or alone."""
+        tiles = [value for name, value in self.launch.constants.items() if name.endswith("TILE")]
+        return "split_reduce" not in self.kernel and any(tile.skip_masks for tile in tiles)
+
+    def main_loops(self) -> list[tuple[str, str]]:
+        """For every innermost loop with a dot product: what stands before it in its block, and its body."""
+        lines = self.ttgir.splitlines()
+        loops = []
+        for begin, line in enumerate(lines):
+            if "scf.for" not in line:
+                continue
+            indent = line[: len(line) - len(line.lstrip())]
+            end = next(i for i in range(begin + 1, len(lines)) if lines[i].startswith(f"{indent}}}"))
+            body = "\n".join(lines[begin + 1 : end])
+            if re.search(r"tt\.dot |warp_group_dot ", body) and "scf.for" not in body:
+                outer = max(
+                    (i for i in range(begin) if re.match(r" *(scf\.(for|while|if)|tt\.func)", lines[i])), default=0
+                )
+                loops.append(("\n".join(lines[outer:begin]), body))
+        return loops
+
+
+def tile_copies(text: str) -> int:
+    """Copies of two-dimensional tiles into shared memory that go on beside other work."""
+    return len(re.findall(r"async_copy_global_to_local .* : tensor<\d+x\d+x", text))
 
 
 @contextlib.contextmanager
@@ -62,12 +94,16 @@ def recorded_launches(*modules: Any) -> Iterator[list[Launch]]:
     launches: list[Launch] = []
 
     def record(kernel: Any, *, outputs: Any, operands: Any, constants: Any, **options: Any) -> dict[str, jax.Array]:
+        updated = options.pop("updated", None) or {}
+        operands = {**operands, **updated}
         written = {name: output for name, output in outputs.items() if output is not None}
         arrays = {**written, **{name: array for name, array in operands.items() if array is not None}}
         absent = {name: None for name in (*outputs, *operands) if name not in arrays}
         dtypes = {name: f"*{_TYPES[jnp.dtype(array.dtype).name]}" for name, array in arrays.items()}
-        launches.append(Launch(kernel, dtypes, {**constants, **absent}, options["num_warps"], options["num_stages"]))
-        return {name: jnp.zeros(output.shape, output.dtype) for name, output in written.items()}
+        compiler = {name: options.get(name) for name in ("num_warps", "num_stages", "max_registers")}
+        launches.append(Launch(kernel, dtypes, {**constants, **absent}, **compiler))
+        changed = {name: array for name, array in updated.items() if array is not None}
+        return {name: jnp.zeros(output.shape, output.dtype) for name, output in {**written, **changed}.items()}
 
     with contextlib.ExitStack() as stack:
         for module in modules:
@@ -93,7 +129,11 @@ def compile_launch(launch: Launch, target: GPUTarget) -> Binary:
         constexprs={(names.index(name),): value for name, value in launch.constants.items()},
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in launch.dtypes},
     )
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "enable_fp_fusion": True}
+    options = {
+        "num_warps": launch.num_warps,
+        "num_stages": launch.num_stages,
+        **backend_options(launch.max_registers),
+    }
     compiled = triton.compile(source, target=target, options=options)
     ttgir = compiled.asm["ttgir"]
     buffers = [int(size) for size in re.findall(r"local_alloc : \(\) -> !ttg\.memdesc<(\d+)x\d+x\d+x", ttgir)]
@@ -109,6 +149,7 @@ def compile_launch(launch: Launch, target: GPUTarget) -> Binary:
         cp_async=sass.count("LDGSTS"),
         wide_loads=len(re.findall(r"LDG\.E[.\w]*\.128", sass)),
         ttgir=ttgir,
+        launch=launch,
     )
 
 

@@ -17,8 +17,9 @@ import numpy as np
 import pytest
 
 import jax_bridge
+from jax_bridge.device import Device
 from tests import quick_interpreter
-from tests.cases import OPERATIONS
+from tests.cases import OPERATIONS, PAGED
 from tests.dense_form import Result
 from tests.inputs import POSITIONAL, Call
 from tests.poison import Array
@@ -34,6 +35,32 @@ MARKS = [pytest.mark.gpu] if ON_GPU else []
 CPU = "cpu"
 INTERPRETER = "interpreter"
 GPU = "gpu"
+
+SMALL_TILES: dict[str, dict[str, Any]] = {
+    "page_attention": {"block_n": 16, "min_tiles_per_split": 1},
+    "prefill_page_attention": {"block_m": 16, "block_n": 16, "min_tiles_per_split": 1},
+    "unified_attention": {
+        "block_m": 16,
+        "block_n": 16,
+        "decode_block_m": 16,
+        "decode_block_n": 16,
+        "min_tiles_per_split": 1,
+    },
+}
+"""Tiles with which a small call has many of them."""
+
+SMALL_DEVICE = Device("one multiprocessor", compute_capability=90, num_sms=1, shared_memory=227 * 1024)
+"""A device with which programs have several work items each, and there are few of them."""
+
+
+def small_tiles(operation: str, **fields: Any) -> Any:
+    """A configuration of small tiles."""
+    config_type = {
+        "page_attention": jax_bridge.PageAttentionConfig,
+        "prefill_page_attention": jax_bridge.PrefillPageAttentionConfig,
+        "unified_attention": jax_bridge.UnifiedAttentionConfig,
+    }[operation]
+    return config_type(**(SMALL_TILES[operation] | fields))
 
 
 @dataclass(frozen=True)
@@ -126,7 +153,7 @@ def _row(operation: str, platform: str, *runs_on: str, lacks: frozenset[str] = f
 
 IMPLEMENTATIONS: tuple[Implementation, ...] = (
     *(_row(operation, "xla", CPU, GPU) for operation in OPERATIONS),
-    _row("page_attention", "triton", INTERPRETER, GPU),
+    *(_row(operation, "triton", INTERPRETER, GPU) for operation in PAGED),
 )
 """The attention operations. Cache writes and merging have their own tables: they are no attention."""
 

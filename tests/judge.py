@@ -5,11 +5,14 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import numpy as np
+
 from tests import dense_form, oracle, tolerances
 from tests.cases import Case
 from tests.dense_form import Result
 from tests.implementations import rows_of
 from tests.inputs import Call, build
+from tests.poison import Array
 
 HINTS = frozenset({"num_splits", "max_context_len", "dtype"})
 """Options that the oracle is not given: they cannot change a result, or the inputs have that dtype already."""
@@ -41,3 +44,23 @@ def check(call: Call, got: Result) -> None:
     """Raises AssertionError where an answer is further from the truth than its dtype excuses."""
     expected = truth(call)
     tolerances.calibrate(call, expected).check(got, expected)
+
+
+def bits(answer: Any) -> list[Array]:
+    """The parts of an answer as unsigned integers: NaN equals itself, -0 differs from 0."""
+    parts = answer if isinstance(answer, tuple) else (answer,)
+    return [np.ascontiguousarray(part).view(f"uint{8 * np.asarray(part).itemsize}") for part in parts]
+
+
+def same_bits(first: Any, second: Any) -> bool:
+    return all(np.array_equal(mine, theirs) for mine, theirs in zip(bits(first), bits(second), strict=True))
+
+
+def check_close(call: Call, got: Result, expected: Result) -> None:
+    """Two answers of the implementation to one call: each may be off by the bound."""
+    bounds = tolerances.calibrate(call, truth(call))
+    for name in ("out", "lse"):
+        bound = getattr(bounds, name)
+        mine, theirs = getattr(got, name), getattr(expected, name)
+        if theirs is not None:
+            tolerances.Bound(2 * bound.largest, np.inf).check(name, mine, theirs)

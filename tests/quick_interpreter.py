@@ -1,7 +1,7 @@
 """Triton's interpreter at twice its speed.
 
 It lists all members of `triton.language` again for every call of every device function, which takes half of its time.
-The names never change, so they are listed once.
+The names never change, so they are listed once, and replaced once for a kernel and all that it calls.
 """
 
 from __future__ import annotations
@@ -28,7 +28,10 @@ def install() -> None:
         return tuple(name for name, member in inspect.getmembers(package) if core.is_builtin(member))
 
     def patch_builtin(pkg: Any, builder: Any, scope: Any) -> None:
-        for name in builtin_names(pkg):
+        names = builtin_names(pkg)
+        if names and not core.is_builtin(getattr(pkg, names[0])):
+            return  # the caller, a device function too, has replaced them all
+        for name in names:
             member = getattr(pkg, name)
             if core.is_builtin(member):
                 interpreter._patch_attr(pkg, name, member, builder, scope)

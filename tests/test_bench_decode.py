@@ -2,28 +2,15 @@
 
 from __future__ import annotations
 
-import re
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bench.decode_cases import NAMES, DecodeCase, argument_sets, num_pool_pages, parse_case, scramble
-from bench.decode_report import CaseReport, Measurement, print_report
-from bench.peers import PeerReport, fa3_forward_arguments
+from bench.cases import NAMES, AttentionCase, argument_sets, num_pool_pages, parse_case, scramble
+from bench.peers import PeerReport
+from bench.report import CaseReport, Measurement, Results, print_report
 from bench.timing import Timing, compile_program, measure_program
-
-# The arguments of vLLM's build of FlashAttention-3, in the order of its registered schema.
-FA3_SCHEMA = re.findall(
-    r"\w+",
-    """
-    q k v k_new v_new q_v out cu_seqlens_q cu_seqlens_k cu_seqlens_k_new seqused_q seqused_k max_seqlen_q max_seqlen_k
-    page_table kv_batch_idx leftpad_k rotary_cos rotary_sin seqlens_rotary q_descale k_descale v_descale softmax_scale
-    is_causal window_size_left window_size_right softcap is_rotary_interleaved scheduler_metadata num_splits pack_gqa
-    sm_margin s_aux cp_world_size cp_rank cp_tot_seqused_k
-    """,
-)
 
 
 def test_cache_contents_are_the_same_in_int64_and_uint32() -> None:
@@ -68,39 +55,6 @@ def test_argument_sets_are_repeatable_and_do_not_share_pages() -> None:
     np.testing.assert_array_equal(first.query, np.asarray(jnp.asarray(first.query, jnp.bfloat16), np.float32))
 
 
-def test_fa3_arguments_follow_its_schema() -> None:
-    query = np.zeros((2, 4, 64))
-    arguments = dict(
-        zip(
-            FA3_SCHEMA,
-            fa3_forward_arguments(query, "k", "v", "out", "cu", "lengths", 9, "tables", "metadata"),
-            strict=True,
-        )
-    )
-    given = {name: value for name, value in arguments.items() if value is not None and name != "q"}
-    assert given == {
-        "k": "k",
-        "v": "v",
-        "out": "out",
-        "cu_seqlens_q": "cu",
-        "seqused_k": "lengths",
-        "max_seqlen_q": 1,
-        "max_seqlen_k": 9,
-        "page_table": "tables",
-        "softmax_scale": 0.125,
-        "is_causal": True,
-        "window_size_left": -1,
-        "window_size_right": -1,
-        "softcap": 0.0,
-        "is_rotary_interleaved": True,
-        "scheduler_metadata": "metadata",
-        "num_splits": 0,
-        "sm_margin": 0,
-        "cp_world_size": 1,
-        "cp_rank": 0,
-    }
-
-
 def test_program_rotates_among_groups_of_arguments() -> None:
     sets = [(jnp.full((2,), index, jnp.float32),) for index in range(6)]
     program = compile_program(lambda offset, x: x + offset, sets, shared=(jnp.float32(10),), calls_per_program=2)
@@ -126,7 +80,7 @@ def test_every_call_of_a_program_is_executed() -> None:
 
 
 def test_report_ranks_right_results_only(capsys: pytest.CaptureFixture[str]) -> None:
-    case = DecodeCase("1x100", (100,))
+    case = AttentionCase("1x100", (100,))
     fast, slow = Timing.of([1e-6] * 3), Timing.of([2e-6] * 3)
     measurements = (
         Measurement("wrong", fast, 0.5, "wrong: row error"),
@@ -134,7 +88,7 @@ def test_report_ranks_right_results_only(capsys: pytest.CaptureFixture[str]) -> 
         Measurement("broken", None, failure="out of resources"),
     )
     report = CaseReport(case, measurements, {"fa3": Timing.of([3e-6] * 3)}, {"fa3": 1e-3})
-    print_report([report], {"memcpy": 3e12}, [PeerReport("fa3", {}, {}, {})], {"device": "test"})
+    print_report(Results([report], {"memcpy": 3e12}, {"device": "test"}, [PeerReport("fa3", {}, {}, {})]))
     printed = capsys.readouterr().out
     assert "geometric mean 1.500, least 1.500" in printed
     assert "1x100 [broken]: out of resources" in printed

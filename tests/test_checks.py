@@ -13,6 +13,7 @@ from tests.small_calls import (
     S,
     arguments,
     call,
+    run,
 )
 
 BAD_VALUES = [
@@ -37,6 +38,43 @@ def test_check_values_lists_every_problem(operation: str, changes: dict[str, Any
         call(lambda *a, **k: jax_bridge.check_values(operation, *a, **k), operation, arguments(operation), **changed)
     missing = [fragment for fragment in fragments if fragment not in str(raised.value)]
     assert not missing, str(raised.value)
+
+
+REFUSED = [
+    (
+        "page_attention",
+        {"context_lens": np.ones(S), "block_tables": np.zeros((3, 3), int), "k_scale": np.ones(5, np.float32)},
+        ("context_lens has dtype float64, expected an integer", "block_tables has shape (3, 3)", "k_scale has shape"),
+    ),
+    (
+        "prefill_page_attention",
+        {"context_len": np.ones(2, int), "page_indices": [1, 2]},
+        ("context_len has shape (2,), expected a scalar or [1]", "page_indices is [1, 2] of type list"),
+    ),
+    ("unified_attention", {"queries": np.zeros(3), "key_cache": 5}, ("queries has shape (3,)", "key_cache is 5")),
+    ("ragged_decode_attention", {"softmax_aux": np.ones((2, 2)), "sliding_window": 0}, ("[Hq, n]", "sliding_window")),
+    ("attention", {"key": np.zeros((2, 8, 3, 16), np.float32)}, ("value has shape", "query has 4 heads")),
+    ("write_kv_pages", {"slot_mapping": np.zeros(4, int)}, ("slot_mapping has shape (4,)",)),
+    ("merge_attention_states", {"lse_a": None}, ("lse_a is None",)),
+]
+
+
+@pytest.mark.parametrize(("operation", "changes", "fragments"), REFUSED)
+def test_check_values_lists_refused_arguments(
+    operation: str, changes: dict[str, Any], fragments: tuple[str, ...]
+) -> None:
+    pattern = rf"^{operation}: {len(fragments)} problems\n- "
+    with pytest.raises(ValueError, match=pattern) as raised:
+        call(lambda *a, **k: jax_bridge.check_values(operation, *a, **k), operation, arguments(operation), **changes)
+    missing = [fragment for fragment in fragments if fragment not in str(raised.value)]
+    assert not missing, str(raised.value)
+    with pytest.raises((TypeError, ValueError), match=rf"^{operation}: (?!\d+ problems)"):
+        run(operation, arguments(operation), **changes)
+
+
+def test_check_values_passes_on_what_is_no_problem_of_arguments() -> None:
+    with pytest.raises(TypeError, match="missing 4 required positional arguments"):
+        jax_bridge.check_values("page_attention", np.zeros(3))
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)

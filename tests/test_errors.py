@@ -22,6 +22,7 @@ from tests.small_calls import (
     PAGED,
     PS,
     QUERIES,
+    TOKENS,
     D,
     P,
     S,
@@ -54,7 +55,7 @@ RANKS = [
     wrong(operation, name, array[None] if array.ndim < 4 or name != "query" else array[0, 0], ValueError, "axes")
     for operation in OPERATIONS
     for name, array in arguments(operation).items()
-    if not (operation == "ragged_decode_attention" and name == "query")
+    if (operation, name) not in {("ragged_decode_attention", "query"), ("prefill_page_attention", "context_len")}
 ]
 NOT_ARRAYS = [
     wrong(operation, name, array.tolist(), TypeError, "list", "an array")
@@ -96,9 +97,22 @@ SIZES = [
     wrong("page_attention", "block_tables", zeros(S + 1, MP, dtype=np.int32), ValueError, "(3, 3)", "S = 2"),
     wrong("prefill_page_attention", "value_cache", zeros(HKV, P, PS, 8), ValueError, "(2, 6, 4, 8)", "Dv = D = 16"),
     wrong("prefill_page_attention", "query", zeros(QUERIES, 5, D), ValueError, "5 heads", "2 KV heads"),
-    wrong("prefill_page_attention", "context_len", zeros(2, dtype=np.int32), ValueError, "(2,)", "[1]"),
-    wrong("prefill_page_attention", "context_len", True, TypeError, "True", "array"),
-    wrong("prefill_page_attention", "context_len", 7.0, TypeError, "7.0", "array"),
+    *(
+        wrong("prefill_page_attention", "context_len", zeros(*shape, dtype=np.int32), ValueError, message)
+        for shape in ((2,), (0,), (1, 1))
+        for message in (f"context_len has shape {shape}, expected a scalar or [1]",)
+    ),
+    wrong("prefill_page_attention", "context_len", True, TypeError, "True", "array: a scalar or [1]"),
+    wrong("prefill_page_attention", "context_len", 7.0, TypeError, "7.0", "array: a scalar or [1]"),
+    *(
+        wrong(operation, "softmax_aux", value, error, got, "expected", "[n] or [Hq, n]")
+        for operation in ("attention", "ragged_decode_attention")
+        for value, error, got in (
+            (zeros(), ValueError, "has shape ()"),
+            (zeros(1, HQ, 2), ValueError, "has shape (1, 4, 2)"),
+            (0.5, TypeError, "is 0.5 of type float"),
+        )
+    ),
     wrong("unified_attention", "query_start_loc", zeros(S, dtype=np.int32), ValueError, "(2,)", "S + 1 = 3"),
     wrong("unified_attention", "kv_lens", zeros(S + 1, dtype=np.int32), ValueError, "block_tables", "S = 3"),
     wrong("unified_attention", "qq_bias", zeros(3, 4), ValueError, "(3, 4)", "[Q, Q]", "Q = 3"),
@@ -119,7 +133,40 @@ SIZES = [
 ]
 EMPTY_AXES = [
     wrong("page_attention", "value_cache", zeros(P, HKV, PS, 0), ValueError, "expected"),
-    wrong("unified_attention", "value_cache", zeros(P, PS, HKV, 0), ValueError, "Dv = 0", "Dv >= 1"),
+    wrong("unified_attention", "value_cache", zeros(P, PS, HKV, 0), ValueError, "Dv = 0 in [P, ps, Hkv, Dv]"),
+]
+# Axes that several arrays share: the changed arrays, and the message.
+EMPTY_SHARED_AXES = [
+    (
+        "page_attention",
+        {"query": zeros(S, HQ, 0), "key_cache": zeros(P, HKV, PS, 0), "value_cache": zeros(P, HKV, PS, 0)},
+        "query has D = 0 in [S, Hq, D], expected D >= 1",
+    ),
+    (
+        "prefill_page_attention",
+        {"key_cache": zeros(0, P, PS, D), "value_cache": zeros(0, P, PS, D)},
+        "key_cache has Hkv = 0 in [Hkv, P, ps, D], expected Hkv >= 1",
+    ),
+    (
+        "unified_attention",
+        {"key_cache": zeros(P, 0, HKV, D), "value_cache": zeros(P, 0, HKV, D)},
+        "key_cache has ps = 0 in [P, ps, Hkv, D], expected ps >= 1",
+    ),
+    (
+        "write_kv_pages",
+        {"key": zeros(TOKENS, HKV, 0), "key_cache": zeros(P, PS, HKV, 0)},
+        "key has D = 0 in [T, Hkv, D], expected D >= 1",
+    ),
+    (
+        "ragged_decode_attention",
+        {"query": zeros(S, HQ, 0), "key": zeros(S, KEYS, HKV, 0), "value": zeros(S, KEYS, HKV, 0)},
+        "query has D = 0 in [B, Hq, D], expected D >= 1",
+    ),
+    (
+        "attention",
+        {"query": zeros(S, QUERIES, HQ, 0), "key": zeros(S, KEYS, HKV, 0)},
+        "query has D = 0 in [B, Q, Hq, D], expected D >= 1",
+    ),
 ]
 MIXED_DTYPES = [
     *(
@@ -230,6 +277,14 @@ def test_wrong_argument(
     assert any(name in message for name in changes), message
 
 
+@pytest.mark.parametrize(("operation", "changes", "message"), EMPTY_SHARED_AXES)
+def test_empty_axis_is_named_with_the_axes_of_its_argument(
+    operation: str, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"{operation}: {message}")):
+        run(operation, arguments(operation), **changes)
+
+
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_error_comes_while_tracing(operation: str) -> None:
     named = arguments(operation)
@@ -267,7 +322,7 @@ def test_dropout_needs_a_key() -> None:
 def test_absent_platform_is_refused(operation: str, platform: str) -> None:
     if OBJECTS[operation].implementation(platform) is not None:
         return
-    pattern = rf'{operation}\[{platform}\] does not support {operation}; use platform="xla"'
+    pattern = rf'{operation}\[{platform}\] does not support this operation; use platform="xla"'
     with pytest.raises(NotImplementedError, match=pattern):
         run(operation, arguments(operation), platform=platform)
 

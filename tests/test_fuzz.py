@@ -12,7 +12,7 @@ from tests.cases import OPERATIONS
 from tests.implementations import MARKS, Implementation, implementations_of
 from tests.inputs import build
 
-pytestmark = MARKS
+pytestmark = [*MARKS, pytest.mark.usefixtures("small_device")]
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)

@@ -25,7 +25,7 @@ from tests.implementations import (
 from tests.inputs import build
 from tests.poison import Array, numpy_dtype, poison_like
 
-pytestmark = MARKS
+pytestmark = [*MARKS, pytest.mark.usefixtures("small_device")]
 
 
 @pytest.mark.parametrize(

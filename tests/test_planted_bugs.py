@@ -5,20 +5,22 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Iterator
-from types import ModuleType
+from pathlib import Path
 from typing import Any
 
 import jax
 import pytest
 
 from tests import judge, planted_reference
-from tests.cases import OPERATIONS, Case, matrix
+from tests.cases import OPERATIONS, PAGED, Case, matrix
 from tests.dense_form import Result
 from tests.implementations import ON_GPU, Implementation, implementations_of
 from tests.planted import WRONG_CALLS, WRONG_MATHEMATICS, cases_showing, wrong_call, wrong_mathematics
 
 if ON_GPU:
     pytest.skip("planted bugs say nothing about a GPU", allow_module_level=True)
+
+pytestmark = pytest.mark.usefixtures("small_device")
 
 MATRIX = matrix()
 
@@ -101,20 +103,31 @@ def test_bug_in_the_reference_is_caught(bug: str, monkeypatch: pytest.MonkeyPatc
     assert _fails_somewhere(implementation, _cases(operation, case))
 
 
-KERNEL_BUGS: dict[str, tuple[ModuleType, str, Any]] = (
-    importlib.import_module("tests.planted_kernels").KERNEL_BUGS if importlib.util.find_spec("triton") else {}
-)
-KERNEL_ROWS = [row for row in implementations_of("page_attention") if row.interpreted]
+KERNELS: Any = importlib.import_module("tests.planted_kernels") if importlib.util.find_spec("triton") else None
+KERNEL_BUGS: dict[str, Any] = KERNELS.KERNEL_BUGS if KERNELS else {}
+KERNEL_ROWS = {row.operation: row for row in implementations_of(*PAGED) if row.interpreted}
 
 
-@pytest.mark.parametrize("implementation", KERNEL_ROWS, ids=str)
-@pytest.mark.parametrize("bug", KERNEL_BUGS)
-def test_bug_in_a_kernel_is_caught(implementation: Implementation, bug: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    module, name, wrong = KERNEL_BUGS[bug]
-    monkeypatch.setattr(module, name, wrong)
-    assert _fails_somewhere(implementation, _cases("page_attention", "everything", "alibi_lse", "window_splits"))
+def _is_wrong(bug: Any) -> bool:
+    return _is_caught(bug.case, KERNEL_ROWS[bug.operation](judge.problem(bug.case)[0], cfg=bug.cfg))
 
 
-@pytest.mark.parametrize("implementation", [*implementations_of("unified_attention"), *KERNEL_ROWS], ids=str)
+@pytest.mark.parametrize("name", KERNEL_BUGS)
+def test_bug_in_a_kernel_is_caught(name: str, tmp_path: Path) -> None:
+    with KERNELS.planted(KERNEL_BUGS[name], tmp_path):
+        assert _is_wrong(KERNEL_BUGS[name])
+
+
+def _distinct_problems() -> list[Any]:
+    """One bug of each case and configuration."""
+    return list({(bug.case, bug.cfg): bug for bug in KERNEL_BUGS.values()}.values())
+
+
+@pytest.mark.parametrize("bug", _distinct_problems(), ids=lambda bug: f"{bug.operation}-{bug.case_name}-{bug.dtype}")
+def test_nothing_planted_nothing_caught_in_a_kernel(bug: Any) -> None:
+    assert not _is_wrong(bug)
+
+
+@pytest.mark.parametrize("implementation", implementations_of("unified_attention"), ids=str)
 def test_nothing_planted_nothing_caught(implementation: Implementation) -> None:
     assert not _fails_somewhere(implementation, _cases(implementation.operation, "everything"))

@@ -15,7 +15,7 @@ from tests.implementations import MARKS, Implementation, implementations_of
 from tests.inputs import POSITIONAL, Call, build
 from tests.poison import Array, poison_like
 
-pytestmark = MARKS
+pytestmark = [*MARKS, pytest.mark.usefixtures("small_device")]
 
 SMALL: dict[str, dict[str, Any]] = {
     "page_attention": {"query_lens": (1, 1, 1), "kv_lens": (50, 33, 70)},
@@ -33,6 +33,8 @@ LENGTHS = {"page_attention": "context_lens", "unified_attention": "kv_lens", "ra
 
 paged_rows = pytest.mark.parametrize("implementation", implementations_of(*PAGED), ids=str)
 page_rows = pytest.mark.parametrize("implementation", implementations_of("page_attention"), ids=str)
+each_precision = pytest.mark.parametrize("dtype", ["float32", "float16"])
+"""Kernels have prefill tiles in 16 bits only."""
 every_row = pytest.mark.parametrize("implementation", implementations_of(), ids=str)
 
 
@@ -42,36 +44,17 @@ def small(operation: str, **changes: Any) -> Case:
     return Case(name="property", operation=operation).replace(**(SMALL[operation] | features | changes))
 
 
-def bits(answer: Any) -> list[Array]:
-    """The parts of an answer as unsigned integers: NaN equals itself, -0 differs from 0."""
-    parts = answer if isinstance(answer, tuple) else (answer,)
-    return [np.ascontiguousarray(part).view(f"uint{8 * np.asarray(part).itemsize}") for part in parts]
-
-
-def same_bits(first: Any, second: Any) -> bool:
-    return all(np.array_equal(mine, theirs) for mine, theirs in zip(bits(first), bits(second), strict=True))
-
-
-def check_close(call: Call, got: Result, expected: Result) -> None:
-    """Two answers of the implementation to one call: each may be off by the bound."""
-    bounds = tolerances.calibrate(call, judge.truth(call))
-    for name in ("out", "lse"):
-        bound = getattr(bounds, name)
-        mine, theirs = getattr(got, name), getattr(expected, name)
-        if theirs is not None:
-            tolerances.Bound(2 * bound.largest, np.inf).check(name, mine, theirs)
-
-
 @every_row
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_twice_the_same_bits(implementation: Implementation, dtype: str) -> None:
     call = build(small(implementation.operation, dtype=dtype))
-    assert same_bits(implementation.raw(call), implementation.raw(call))
+    assert judge.same_bits(implementation.raw(call), implementation.raw(call))
 
 
 @paged_rows
-def test_permuting_pages_changes_no_bits(implementation: Implementation) -> None:
-    call = build(small(implementation.operation, page_order="shared"))
+@each_precision
+def test_permuting_pages_changes_no_bits(implementation: Implementation, dtype: str) -> None:
+    call = build(small(implementation.operation, page_order="shared", dtype=dtype))
     table_name, page_axis = TABLES[implementation.operation], call.case.layout.index("P")
     table, num_pages = call.array(table_name), call.array("key_cache").shape[page_axis]
     order = np.random.default_rng(1).permutation(num_pages)
@@ -82,7 +65,7 @@ def test_permuting_pages_changes_no_bits(implementation: Implementation) -> None
         value_cache=np.take(call.array("value_cache"), order, page_axis),
         **{table_name: np.where(valid, moved_to[np.where(valid, table, 0)], table)},
     )
-    assert same_bits(implementation.raw(call), implementation.raw(permuted))
+    assert judge.same_bits(implementation.raw(call), implementation.raw(permuted))
 
 
 @pytest.mark.parametrize("implementation", implementations_of("page_attention", "ragged_decode_attention"), ids=str)
@@ -96,7 +79,7 @@ def test_permuting_sequences_permutes_rows(implementation: Implementation) -> No
     )
     permuted = call.with_arrays(**{name: call.array(name)[order] for name in names})
     rows, permuted_rows = implementation.raw(call), implementation.raw(permuted)
-    assert same_bits(tuple(np.asarray(part)[order] for part in rows), permuted_rows)
+    assert judge.same_bits(tuple(np.asarray(part)[order] for part in rows), permuted_rows)
 
 
 @pytest.mark.parametrize("implementation", implementations_of("unified_attention"), ids=str)
@@ -115,7 +98,7 @@ def test_permuting_packed_sequences_permutes_rows(implementation: Implementation
     )
     expected, got = implementation(call), implementation(permuted)
     assert expected.lse is not None
-    check_close(call, got, Result(expected.out[rows], expected.lse[rows]))
+    judge.check_close(call, got, Result(expected.out[rows], expected.lse[rows]))
 
 
 @page_rows
@@ -134,7 +117,7 @@ def test_layouts_agree(implementation: Implementation) -> None:
     expected = implementation.raw(native)
     for layout in LAYOUTS:
         call = build(small(implementation.operation, kv_layout=layout))
-        assert same_bits(implementation.raw(call), expected), layout
+        assert judge.same_bits(implementation.raw(call), expected), layout
 
 
 @paged_rows
@@ -142,7 +125,7 @@ def test_windows_are_counted_alike(implementation: Implementation) -> None:
     """W tokens with the row's own are W - 1 to the left."""
     call = build(small(implementation.operation, window=17))
     expected = implementation(call)
-    check_close(call, implementation(call.with_options(sliding_window=(16, 0))), expected)
+    judge.check_close(call, implementation(call.with_options(sliding_window=(16, 0))), expected)
     judge.check(call, expected)
 
 
@@ -150,7 +133,7 @@ def test_windows_are_counted_alike(implementation: Implementation) -> None:
 def test_ragged_windows_are_counted_alike(implementation: Implementation) -> None:
     call = build(small("ragged_decode_attention", window=17))
     expected = implementation(call)
-    check_close(call, implementation(call.with_options(sliding_window=(16, 0))), expected)
+    judge.check_close(call, implementation(call.with_options(sliding_window=(16, 0))), expected)
 
 
 @pytest.mark.parametrize("implementation", implementations_of("prefill_page_attention"), ids=str)
@@ -200,7 +183,7 @@ def test_decode_is_the_last_row_of_unified(decode: Implementation, unified: Impl
     rows = unified(call)
     assert rows.lse is not None
     page_call = _as_page_call(call, last)
-    check_close(page_call, decode(page_call), Result(rows.out[last], rows.lse[last]))
+    judge.check_close(page_call, decode(page_call), Result(rows.out[last], rows.lse[last]))
 
 
 @pytest.mark.parametrize("prefill", implementations_of("prefill_page_attention"), ids=str)
@@ -224,7 +207,7 @@ def test_prefill_is_unified_of_one_sequence(prefill: Implementation, unified: Im
         "attention_sink": call.array("attention_sink"),
         "alibi_slopes": call.array("alibi_slopes"),
     }
-    check_close(call, prefill(call), unified(Call(case, arrays, options)))
+    judge.check_close(call, prefill(call), unified(Call(case, arrays, options)))
 
 
 @pytest.mark.parametrize("decode", implementations_of("page_attention"), ids=str)
@@ -248,7 +231,7 @@ def test_decode_is_ragged_over_gathered_pages(decode: Implementation, ragged: Im
         },
         {"logits_soft_cap": case.soft_cap, "sliding_window": case.window, "return_lse": True},
     )
-    check_close(call, ragged(dense), decode(call))
+    judge.check_close(call, ragged(dense), decode(call))
 
 
 @page_rows
@@ -266,7 +249,7 @@ def test_merged_halves_equal_the_whole(implementation: Implementation) -> None:
     )
     merged = jax_bridge.merge_attention_states(*implementation.raw(first), *implementation.raw(second))
     out, lse = (np.asarray(part).astype(np.float64) for part in merged)
-    check_close(whole, Result(out, lse), judge.truth(whole))
+    judge.check_close(whole, Result(out, lse), judge.truth(whole))
 
 
 def _poison_second(call: Call) -> Call:
@@ -302,8 +285,9 @@ def _pages_of_second(call: Call) -> Array:
     "implementation", [row for row in implementations_of() if row.operation != "prefill_page_attention"], ids=str
 )
 @pytest.mark.parametrize("page_order", ["shuffled", "shared"])
-def test_neighbours_change_no_bits(implementation: Implementation, page_order: str) -> None:
-    call = build(small(implementation.operation, page_order=page_order, window=None))
+@each_precision
+def test_neighbours_change_no_bits(implementation: Implementation, page_order: str, dtype: str) -> None:
+    call = build(small(implementation.operation, page_order=page_order, window=None, dtype=dtype))
     poisoned = _poison_second(call)
     rows = call.case.query_lens if implementation.operation in PAGED else (1,) * 3
     keep = np.ones(np.shape(call.array(POSITIONAL[implementation.operation][0]))[0], bool)
@@ -311,7 +295,7 @@ def test_neighbours_change_no_bits(implementation: Implementation, page_order: s
     keep[starts[1] : starts[2]] = False
     before, after = implementation.raw(call), implementation.raw(poisoned)
     parts = list(zip(*(part if isinstance(part, tuple) else (part,) for part in (before, after)), strict=True))
-    assert all(same_bits(np.asarray(mine)[keep], np.asarray(theirs)[keep]) for mine, theirs in parts)
+    assert all(judge.same_bits(np.asarray(mine)[keep], np.asarray(theirs)[keep]) for mine, theirs in parts)
     assert np.isnan(np.asarray(parts[0][1]).astype(np.float64)[~keep]).any()
 
 
@@ -350,7 +334,7 @@ def test_default_scale_is_the_exact_one(implementation: Implementation, head_dim
     call = build(small(implementation.operation, head_dim=head_dim, dtype="bfloat16"))
     name = "attn_scale" if implementation.operation == "page_attention" else "softmax_scale"
     explicit = call.with_options(**{name: head_dim**-0.5})
-    assert same_bits(implementation.raw(call), implementation.raw(explicit))
+    assert judge.same_bits(implementation.raw(call), implementation.raw(explicit))
 
 
 @paged_rows

@@ -6,6 +6,7 @@ import itertools
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,10 +15,10 @@ from hypothesis import strategies as st
 from rich.progress import Progress
 
 from bench import serving, serving_check, serving_trace
-from bench.serving_check import CheckError, check_books, dense_logits
+from bench.serving_check import Budget, CheckError, check_books, dense_logits
 from bench.serving_engine import Compilations, Engine
-from bench.serving_model import ModelConfig
-from bench.serving_scheduler import PagePool, PoolError, Request, RequestState, Scheduler
+from bench.serving_model import AttentionChoice, Caches, ModelConfig, attend_step
+from bench.serving_scheduler import PagePool, PoolError, Request, RequestState, Scheduler, StepPlan
 from bench.serving_trace import TraceError, TraceRequest, draw_requests, load_trace, read_requests, scale_requests
 
 HEADER = "TIMESTAMP,ContextTokens,GeneratedTokens"
@@ -139,11 +140,13 @@ def drive(scheduler: Scheduler, requests: Sequence[Request], steps_between_arriv
         assert all(not request.pages for request in scheduler.waiting)
         assert len(scheduler.running) <= scheduler.max_batch
         assert all(len(request.pages) * page_size >= request.num_tokens for request in plan.decodes)
-        if plan.chunk is not None:
-            assert 1 <= plan.chunk.count <= scheduler.chunk_tokens
-            assert plan.chunk.request not in plan.decodes
-            assert len(plan.chunk.request.pages) * page_size >= plan.chunk.start + plan.chunk.count
-        rows = len(plan.decodes) + 1
+        for chunk in plan.chunks:
+            assert chunk.count >= 1
+            assert chunk.start == chunk.request.num_cached
+            assert len(chunk.request.pages) * page_size >= chunk.start + chunk.count
+        assert len({span.request for span in plan.spans}) == len(plan.spans) <= len(scheduler.running)
+        assert sum(span.count for span in plan.spans) <= scheduler.step_tokens
+        rows = len(plan.spans)
         scheduler.complete(plan, [step] * rows, [0.0] * rows, now=float(step))
 
 
@@ -153,7 +156,7 @@ class TestScheduler:
         num_pages=st.integers(1, 24),
         page_size=st.integers(1, 5),
         max_batch=st.integers(1, 5),
-        chunk_tokens=st.integers(1, 16),
+        prompt_tokens=st.integers(0, 16),
         pause=st.integers(0, 6),
     )
     def test_every_request_is_served_once_or_refused(
@@ -162,11 +165,11 @@ class TestScheduler:
         num_pages: int,
         page_size: int,
         max_batch: int,
-        chunk_tokens: int,
+        prompt_tokens: int,
         pause: int,
     ) -> None:
         pool = PagePool(num_pages, page_size)
-        scheduler = Scheduler(pool, max_batch=max_batch, max_context=50, chunk_tokens=chunk_tokens)
+        scheduler = Scheduler(pool, max_batch=max_batch, max_context=50, step_tokens=max_batch + prompt_tokens)
         requests = [make_request(index, *size) for index, size in enumerate(sizes)]
         drive(scheduler, requests, pause)
         check_books(requests, scheduler, interrupted=False)
@@ -177,8 +180,24 @@ class TestScheduler:
             assert request.state is (RequestState.SERVED if served else RequestState.REFUSED)
             assert bool(request.refusal) != served
 
+    def test_prompts_share_the_steps(self) -> None:
+        scheduler = Scheduler(PagePool(12, page_size=4), max_batch=3, max_context=20, step_tokens=8)
+        for index in range(3):
+            scheduler.submit(make_request(index, prompt=5, answer=4))
+        steps = []
+        for _ in range(3):
+            plan = scheduler.schedule()
+            assert plan is not None
+            steps.append([(span.request.index, span.start, span.count) for span in plan.spans])
+            scheduler.complete(plan, [0] * len(plan.spans), [0.0] * len(plan.spans), now=0.0)
+        assert steps == [
+            [(0, 0, 5), (1, 0, 3)],
+            [(0, 5, 1), (1, 3, 2), (2, 0, 5)],
+            [(0, 6, 1), (1, 5, 1), (2, 5, 1)],
+        ]
+
     def test_exhausted_pool_preempts_the_latest(self) -> None:
-        scheduler = Scheduler(PagePool(6, page_size=2), max_batch=4, max_context=100, chunk_tokens=8)
+        scheduler = Scheduler(PagePool(6, page_size=2), max_batch=4, max_context=100, step_tokens=8)
         requests = [make_request(0, prompt=3, answer=8), make_request(1, prompt=3, answer=8)]
         drive(scheduler, requests)
         assert requests[0].preemptions == 0
@@ -196,14 +215,14 @@ class TestScheduler:
         ],
     )
     def test_refuses_what_can_never_be_served(self, prompt: int, answer: int, reason: str) -> None:
-        scheduler = Scheduler(PagePool(4, page_size=4), max_batch=2, max_context=20, chunk_tokens=8)
+        scheduler = Scheduler(PagePool(4, page_size=4), max_batch=2, max_context=20, step_tokens=8)
         requests = [make_request(0, prompt, answer), make_request(1, prompt=13, answer=4)]
         drive(scheduler, requests)
         assert reason in requests[0].refusal
         assert requests[1].state is RequestState.SERVED
 
     def test_zero_tokens_to_generate_is_served_by_its_prompt(self) -> None:
-        scheduler = Scheduler(PagePool(4, page_size=4), max_batch=2, max_context=20, chunk_tokens=8)
+        scheduler = Scheduler(PagePool(4, page_size=4), max_batch=2, max_context=20, step_tokens=8)
         requests = [make_request(0, prompt=16, answer=0)]
         drive(scheduler, requests)
         assert requests[0].state is RequestState.SERVED
@@ -225,7 +244,7 @@ class TestScheduler:
         ],
     )
     def test_false_books_are_noticed(self, falsify: Callable[[list[Request], Scheduler], object], message: str) -> None:
-        scheduler = Scheduler(PagePool(8, page_size=4), max_batch=2, max_context=20, chunk_tokens=8)
+        scheduler = Scheduler(PagePool(8, page_size=4), max_batch=2, max_context=20, step_tokens=8)
         requests = [make_request(index, prompt=5, answer=3) for index in range(2)]
         drive(scheduler, requests)
         falsify(requests, scheduler)
@@ -237,10 +256,17 @@ class TestScheduler:
 def replayed() -> tuple[Engine, Scheduler, list[Request], serving.Replay]:
     """A replay through a pool too small for its requests."""
     engine = Engine(
-        TINY, pool_pages=14, page_size=4, max_batch=3, max_context=48, chunk_tokens=8, platform="auto", seed=3
+        TINY,
+        pool_pages=14,
+        page_size=4,
+        max_batch=3,
+        max_context=48,
+        step_tokens=8,
+        attention=AttentionChoice("unified", "auto"),
+        seed=3,
     )
     engine.warm_up(lambda: None)
-    scheduler = Scheduler(PagePool(14, page_size=4), max_batch=3, max_context=48, chunk_tokens=8)
+    scheduler = Scheduler(PagePool(14, page_size=4), max_batch=3, max_context=48, step_tokens=8)
     sizes = [(9, 14), (1, 20), (17, 1), (12, 12), (5, 0), (40, 20), (16, 9), (7, 15)]
     requests = [make_request(index, *size) for index, size in enumerate(sizes)]
     with Progress(disable=True) as progress, Compilations().watch() as compilations:
@@ -254,8 +280,9 @@ class TestReplay:
     def test_serves_the_tokens_of_a_dense_decoder(
         self, replayed: tuple[Engine, Scheduler, list[Request], serving.Replay]
     ) -> None:
-        engine, scheduler, requests, _ = replayed
+        engine, scheduler, requests, replay = replayed
         assert scheduler.preemptions > 0
+        assert max(sample.chunks for sample in replay.samples) > 1
         assert any(request.preemptions and request.state is RequestState.SERVED for request in requests)
         assert [request.index for request in requests if request.state is RequestState.REFUSED] == [5]
         for request in requests:
@@ -270,16 +297,49 @@ class TestReplay:
     ) -> None:
         engine, scheduler, requests, _ = replayed
         assert check_books(requests, scheduler, interrupted=False).passed
-        assert serving_check.check_served_tokens(engine, requests, len(requests)).passed
-        assert serving_check.check_step_attention(engine).passed
+        assert serving_check.check_served_tokens(engine, requests, len(requests), Budget(1e9)).passed
+        assert serving_check.check_step_attention(engine, 1e9).passed
         read_pages = engine.read_pages
-        monkeypatch.setattr(
-            engine, "read_pages", lambda layer, pages: (read_pages(layer, pages)[0], 1.01 * read_pages(layer, pages)[1])
-        )
-        assert not serving_check.check_step_attention(engine).passed
+
+        def read_other_values(*place: Any) -> tuple[Any, Any]:
+            keys, values = read_pages(*place)
+            return keys, 1.01 * values
+
+        monkeypatch.setattr(engine, "read_pages", read_other_values)
+        assert not serving_check.check_step_attention(engine, 1e9).passed
         preempted = max(requests, key=lambda request: request.preemptions)
         monkeypatch.setattr(preempted, "logits", [preempted.logits[0] + 0.1, *preempted.logits[1:]])
-        assert not serving_check.check_served_tokens(engine, requests, 1).passed
+        assert not serving_check.check_served_tokens(engine, requests, 1, Budget(1e9)).passed
+
+    def test_checks_keep_their_budget(self, replayed: tuple[Engine, Scheduler, list[Request], serving.Replay]) -> None:
+        engine, _, requests, _ = replayed
+        tokens = serving_check.check_served_tokens(engine, requests, len(requests), Budget(0))
+        assert tokens.passed
+        assert "1 of 6 parts of the sample" in tokens.detail
+        attention = serving_check.check_step_attention(engine, 0)
+        assert attention.passed
+        assert attention.detail.count("1 of ") == 2
+
+    def test_padding_and_the_choice_of_operation_change_nothing(
+        self, replayed: tuple[Engine, Scheduler, list[Request], serving.Replay]
+    ) -> None:
+        engine = replayed[0]
+        requests = [make_request(index, prompt=9, answer=4) for index in range(2)]
+        for request in requests:
+            request.generated.append(7)
+            request.num_cached, request.pages = 9, [3 * request.index + page for page in range(3)]
+        inputs, shape = engine.build_inputs(StepPlan(tuple(requests), ()))
+        assert (shape.sequences, shape.tokens) == (3, 3)
+        random = np.random.default_rng(0)
+        cache_shape = (engine.pool_pages, engine.page_size, TINY.kv_heads, TINY.head_dim)
+        caches = Caches(*(random.standard_normal(cache_shape, np.float32) for _ in range(2)))
+        queries = random.standard_normal((shape.tokens, TINY.heads, TINY.head_dim), np.float32)
+        queries[2:] = np.nan
+        unified, page = (
+            attend_step(queries, caches, inputs, AttentionChoice(name, "xla")) for name in ("unified", "page")
+        )
+        np.testing.assert_allclose(unified, page, rtol=1e-5, atol=1e-6)
+        assert not np.any(page[2:])
 
     def test_kernel_in_the_interpreter(self, replayed: tuple[Engine, Scheduler, list[Request], serving.Replay]) -> None:
         check = serving_check.check_interpreted_kernel(replayed[0])
@@ -290,13 +350,13 @@ class TestReplay:
             def __init__(self) -> None:
                 self.steps = 0
 
-            def run(self, plan: object) -> tuple[list[int], list[float]]:
+            def run(self, plan: StepPlan) -> tuple[list[int], list[float]]:
                 self.steps += 1
                 if self.steps == 5:
                     raise KeyboardInterrupt
-                return [0] * 3, [0.0] * 3
+                return [0] * len(plan.spans), [0.0] * len(plan.spans)
 
-        scheduler = Scheduler(PagePool(16, page_size=4), max_batch=2, max_context=40, chunk_tokens=8)
+        scheduler = Scheduler(PagePool(16, page_size=4), max_batch=2, max_context=40, step_tokens=8)
         requests = [make_request(index, prompt=10, answer=5) for index in range(3)]
         with Progress(disable=True) as progress:
             replay = serving.run_replay(Interrupted(), scheduler, requests, progress)
@@ -320,7 +380,8 @@ class TestCommand:
         trace.write_text("\n".join([HEADER, "0,40,12", "0.5,300,12", "1,28,0", "2,4,20"]))
         flags = (
             "--requests 4 --size-scale 0.5 --all-at-once --pool-pages 16 --page-size 4 --max-batch 1 --max-context 40 "
-            "--chunk 1 --layers 1 --hidden 16 --heads 2 --kv-heads 1 --head-dim 8 --intermediate 16 --vocabulary 32"
+            "--step-tokens 1 --layers 1 --hidden 16 --heads 2 --kv-heads 1 --head-dim 8 --intermediate 16 "
+            "--vocabulary 32"
         )
         picture = tmp_path / "pictures" / "timeline.png"
         assert serving.main([*flags.split(), "--no-check", "--trace", str(trace), "--output", str(picture)]) == 0
@@ -338,6 +399,9 @@ class TestCommand:
         ("flags", "message"),
         [
             ("--heads 6 --kv-heads 4", "must be a multiple of --kv-heads, got 6 and 4"),
+            ("--step-tokens 8 --max-batch 9", "must be at least --max-batch, got 8 and 9"),
+            ("--check-seconds 0", "must be a finite number above 0, got 0"),
+            ("--attention prefill", "invalid choice"),
             ("--head-dim 7", "--head-dim must be even"),
             ("--requests 0", "must be at least 1, got 0"),
             ("--size-scale nan", "must be a finite number above 0, got nan"),

@@ -1,6 +1,7 @@
 """Operations under JAX's transformations; one program serves every value of lengths, tables and scales."""
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -11,13 +12,31 @@ import numpy as np
 import pytest
 
 import jax_bridge
+from jax_bridge.device import target_device
 from jax_bridge.registry import OPERATIONS as OBJECTS
-from tests.small_calls import HQ, KEYS, OPERATIONS, PS, QUERIES, D, P, S, arguments, assert_close, optional_arrays, run
+from tests.implementations import SMALL_DEVICE
+from tests.small_calls import (
+    HQ,
+    KEYS,
+    OPERATIONS,
+    PAGED,
+    PS,
+    QUERIES,
+    D,
+    P,
+    S,
+    arguments,
+    assert_close,
+    optional_arrays,
+    run,
+)
 
 RUNNABLE = ("xla", "triton")  # on the CPU, the latter in Triton's interpreter
 CALLS = [
     (name, row.platform) for name in OPERATIONS for row in OBJECTS[name].implementations if row.platform in RUNNABLE
 ]
+
+PER_HEAD = ("attention_sink", "alibi_slopes", "k_scale", "v_scale")
 
 
 def every_array(operation: str, seed: int) -> dict[str, Any]:
@@ -65,6 +84,39 @@ def test_one_program_serves_every_value(operation: str, platform: str) -> None:
     )
     for inside, outside in answers:
         assert_close(inside, outside)
+
+
+@pytest.mark.parametrize(("operation", "platform"), [call for call in CALLS if call[0] in PAGED])
+def test_fifty_vectors_of_lengths_share_a_program(
+    operation: str, platform: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Traced once, compiled once, whatever the lengths, starts and tables, nonsense among them."""
+    implementation = OBJECTS[operation].implementation(platform)
+    assert implementation is not None
+    traces: list[Any] = []
+    call = implementation.call
+
+    def counted(*arguments: Any) -> Any:
+        traces.append(arguments)
+        return call(*arguments)
+
+    counting = dataclasses.replace(implementation, call=counted)
+    monkeypatch.setattr(type(OBJECTS[operation]), "implementations", (counting,))
+    rng = np.random.default_rng(3)
+    named = every_array(operation, 0)
+    named = {name: array[:, :1] if name in ("query", "queries") else array for name, array in named.items()}
+    named = {name: array[:1] if name in PER_HEAD else array for name, array in named.items()}
+    heads = {"page_attention": 1, "prefill_page_attention": 0, "unified_attention": 2}[operation]
+    named |= {name: jnp.take(named[name], jnp.array([0]), axis=heads) for name in ("key_cache", "value_cache")}
+    integers = [name for name, array in named.items() if array.dtype == np.int32]
+    with target_device(SMALL_DEVICE):
+        run(operation, named, platform=platform)
+        with compilations() as compiled:
+            for _ in range(50):
+                changed = {name: rng.integers(-2, 12, named[name].shape, np.int32) for name in integers}
+                jax.block_until_ready(run(operation, named | changed, platform=platform))
+    assert not compiled
+    assert len(traces) == 1
 
 
 @pytest.mark.parametrize(

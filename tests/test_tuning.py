@@ -25,7 +25,7 @@ BASE: dict[str, Any] = {
     "block_m": 16,
     "programs_per_sm": 4,
     "min_tiles_per_split": 2,
-    "bulk_loop": False,
+    "skip_masks": False,
 }
 CANDIDATES = tuple(jax_bridge.PageAttentionConfig(block_n=block_n, **BASE) for block_n in (16, 32))
 

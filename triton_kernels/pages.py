@@ -44,17 +44,12 @@ def key_offsets(
 
 
 @triton.jit
-def load_tile(cache_ptr, offsets, in_range, SIZE: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr):
-    """Cache rows `[BLOCK_N, BLOCK]` at `offsets` `[BLOCK_N]`; with MASKED, 0 for keys not `in_range` `[BLOCK_N]`."""
+def load_tile(cache_ptr, offsets, in_range, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """Cache rows `[BLOCK_N, BLOCK]` at `offsets` `[BLOCK_N]`; 0 for keys not `in_range` `[BLOCK_N]`."""
     dims = tl.arange(0, BLOCK)
     pointers = cache_ptr + offsets[:, None] + dims[None, :]
     if SIZE == BLOCK:
-        if MASKED:
-            tile = tl.load(pointers, mask=in_range[:, None], other=0.0)
-        else:
-            tile = tl.load(pointers)
-    elif MASKED:
-        tile = tl.load(pointers, mask=in_range[:, None] & (dims < SIZE)[None, :], other=0.0)
+        tile = tl.load(pointers, mask=in_range[:, None], other=0.0)
     else:
-        tile = tl.load(pointers, mask=(dims < SIZE)[None, :], other=0.0)
+        tile = tl.load(pointers, mask=in_range[:, None] & (dims < SIZE)[None, :], other=0.0)
     return tile

@@ -8,17 +8,23 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def soft_cap(scores, CAP: tl.constexpr):
-    """`CAP * tanh(scores / CAP)` through `exp(-2 |x|)`, which cannot overflow."""
-    decay = tl.exp2(tl.abs(scores) * (-2.0 * LOG2_E / CAP))
-    capped = CAP * (1.0 - decay) / (1.0 + decay)
-    return tl.where(scores < 0, -capped, capped)
+def soft_cap(products, scale, CAP: tl.constexpr):
+    """`CAP * tanh(products * scale / CAP)` in base 2, tanh as `1 - 2 / (exp(2 x) + 1)`: right for an infinite `exp`."""
+    limit: tl.constexpr = CAP * LOG2_E
+    return limit - (2.0 * limit) / (tl.exp2(products * (scale * (2.0 * LOG2_E / CAP))) + 1.0)
 
 
 @triton.jit
 def alibi(slopes, keys, positions):
     """ALiBi biases `[M, N]`: slope times (key position - query position)."""
     return slopes[:, None] * (keys[None, :] - positions[:, None]).to(tl.float32)
+
+
+@triton.jit
+def qq_bias(qq_bias_ptr, columns, rows, SIZE: tl.constexpr):
+    """Biases `[M, N]` between new tokens of a sequence, counted from its first one; 0 outside of the matrix."""
+    mask = (rows < SIZE)[:, None] & ((columns >= 0) & (columns < SIZE))[None, :]
+    return tl.load(qq_bias_ptr + rows[:, None] * SIZE + columns[None, :], mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit

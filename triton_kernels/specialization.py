@@ -1,6 +1,21 @@
-"""What kernels are compiled for, one constexpr each: sizes and strides of a cache, score function, tiles, schedule."""
+"""What kernels are compiled for, one constexpr each: sizes and strides, score function, tiles, schedule."""
 
 from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Queries:
+    """The rows of a call: tokens packed by sequence, or one token a sequence.
+
+    A segment is a run of tokens: a sequence, or where sequences are packed the padding before and after all of them.
+    """
+
+    num_seqs: int
+    num_segments: int
+    num_tokens: int
+    num_q_heads: int
+    num_kv_heads: int
+    group_size: int
 
 
 @dataclass(frozen=True)
@@ -22,11 +37,17 @@ class PagedCache:
 
 @dataclass(frozen=True)
 class Scoring:
-    """What a call asks of the scores. A row at position `i` sees keys from `i - window_left` on; None is unbounded."""
+    """What a call asks of the scores.
+
+    A row at position `i` sees the keys from `i - window_left` to `i + window_right`; None is unbounded.
+    """
 
     softmax_scale: float
     soft_cap: float | None = None
     window_left: int | None = None
+    window_right: int | None = 0
+    qq_size: int = 0
+    """Rows and columns of the bias between the new tokens of a sequence."""
     scale_is_folded: bool = True
     """Whether `softmax_scale * log2(e)` is all that lies between dot products and base-2 logits, and is positive."""
 
@@ -35,7 +56,7 @@ class Scoring:
 class Tile:
     """Rows (`block_m`), keys (`block_n`) and padded head dims of a tile.
 
-    `bulk_loop` runs the tiles that need no mask in a loop of their own.
+    `skip_masks` leaves out the mask of tiles whose keys every row sees, at the price of a branch.
     """
 
     block_m: int
@@ -43,21 +64,30 @@ class Tile:
     block_d: int
     block_dv: int
     num_stages: int
-    bulk_loop: bool = True
+    skip_masks: bool = True
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """How the KV tiles of a batch are cut into splits.
+    """How the segments that have `fewest_rows` to `most_rows` rows are cut into work items.
 
-    `num_splits` is forced, or 0 to balance the batch: `capacity` work items run at once, each costs `program_cost`
-    tiles beyond its own, and none is cut below `min_tiles`. Programs count `block_s` sequences at a time.
+    An item is one split of the keys of a tile of rows; there are `most_items` at most. `num_splits` is forced, or 0 to
+    balance the batch: `capacity` items run at once, each costs `program_cost` KV tiles beyond its own, and none is cut
+    below `min_tiles`; a row tile spans `most_tiles` KV tiles at most. `num_slots` programs a KV head do one item each,
+    or walk them all if they are persistent. They count `block_s` segments at a time; their partial results begin at
+    `first_partial`.
     """
 
-    num_seqs: int
+    fewest_rows: int
+    most_rows: int
     max_keys: int
     num_splits: int
     capacity: int
+    most_items: int
+    num_slots: int
+    is_persistent: bool
     min_tiles: int
+    most_tiles: int
     block_s: int
     program_cost: int = 4
+    first_partial: int = 0

@@ -1,30 +1,53 @@
-"""Merging partial results: one reduction for every kernel that splits the keys."""
+"""Partial results of split keys, and the one reduction that merges them, in index order, so that bits repeat."""
 
 import triton
 import triton.language as tl
 
-from triton_kernels.online_softmax import guard, store_rows
-from triton_kernels.schedule import count_splits, items_before_sequence, tile_quota, tile_range, visible_keys
+from triton_kernels.online_softmax import base2_lse, divide_by_sum, guard, store_rows
+from triton_kernels.rows import unpack_rows
+from triton_kernels.schedule import count_splits, count_tiles, find_segment, tile_quota
+
+
+@triton.jit
+def store_partial(
+    row_max,  # [BLOCK_M]
+    row_sum,  # [BLOCK_M]
+    acc,  # [BLOCK_M, BLOCK_DV]
+    partial,
+    row_mask,  # [BLOCK_M]
+    partial_out_ptr,  # [partials, BLOCK_M, Dv] float32
+    partial_lse_ptr,  # [partials, BLOCK_M] float32, base 2
+    VALUE_HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):
+    """Write a row state as partial result number `partial`."""
+    rows = tl.cast(partial, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    dims = tl.arange(0, BLOCK_DV)
+    tl.store(
+        partial_out_ptr + rows[:, None] * VALUE_HEAD_DIM + dims[None, :],
+        divide_by_sum(acc, row_sum),
+        mask=row_mask[:, None] & (dims < VALUE_HEAD_DIM)[None, :],
+    )
+    tl.store(partial_lse_ptr + rows, base2_lse(row_max, row_sum), mask=row_mask)
 
 
 @triton.jit
 def merge_partials(
-    partial_out_ptr,
-    partial_lse_ptr,
-    first_row,
+    first_partial,
+    step,
     num_partials,
+    rows,  # [BLOCK_ROWS] rows of the tile
     row_mask,  # [BLOCK_ROWS]
-    ROW_STRIDE: tl.constexpr,
+    partial_out_ptr,  # [partials, BLOCK_M, Dv] float32
+    partial_lse_ptr,  # [partials, BLOCK_M] float32, base 2
     VALUE_HEAD_DIM: tl.constexpr,
-    BLOCK_SPLITS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
+    BLOCK_SPLITS: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):
-    """Merge `num_partials` normalised results with base-2 LSEs, in index order: row state of BLOCK_ROWS rows.
-
-    Partial `i` of row `r` lies at row `first_row + i * ROW_STRIDE + r` of the partial arrays.
-    """
-    rows = tl.arange(0, BLOCK_ROWS)
+    """Row state of the partial results `first_partial + i * step`, merged in order of `i`."""
     dims = tl.arange(0, BLOCK_DV)
     row_max = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_ROWS], tl.float32)
@@ -32,7 +55,7 @@ def merge_partials(
     for start in range(0, num_partials, BLOCK_SPLITS):
         splits = start + tl.arange(0, BLOCK_SPLITS)
         mask = (splits < num_partials)[:, None] & row_mask[None, :]
-        partial_rows = first_row + splits[:, None].to(tl.int64) * ROW_STRIDE + rows[None, :]
+        partial_rows = tl.cast(first_partial + splits * step, tl.int64)[:, None] * BLOCK_M + rows[None, :]
         lse = tl.load(partial_lse_ptr + partial_rows, mask=mask, other=float("-inf"))  # [BLOCK_SPLITS, BLOCK_ROWS]
         out = tl.load(
             partial_out_ptr + partial_rows[:, :, None] * VALUE_HEAD_DIM + dims[None, None, :],
@@ -51,59 +74,69 @@ def merge_partials(
 
 @triton.jit
 def split_reduce_kernel(
-    partial_out_ptr,  # [items, Hq, Dv] float32
-    partial_lse_ptr,  # [items, Hq] float32, base 2
+    starts_ptr,  # [S + 1] or None
     lens_ptr,  # [S]
     sink_ptr,  # [Hq] or None
     v_scale_ptr,  # [1] or [Hkv] or None
-    out_ptr,  # [S, Hq, Dv]
-    lse_ptr,  # [S, Hq] or None
+    partial_out_ptr,  # [partials, BLOCK_M, Dv] float32
+    partial_lse_ptr,  # [partials, BLOCK_M] float32, base 2
+    out_ptr,  # [T, Hq, Dv]
+    lse_ptr,  # [T, Hq] or None
     V_SCALE_STRIDE: tl.constexpr,
-    NUM_Q_HEADS: tl.constexpr,
-    NUM_KV_HEADS: tl.constexpr,
+    QUERIES: tl.constexpr,
     CACHE: tl.constexpr,
     SCORING: tl.constexpr,
-    SCHEDULE: tl.constexpr,
     TILE: tl.constexpr,
+    SCHEDULE: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
     BLOCK_SPLITS: tl.constexpr,
-    BLOCK_HEADS: tl.constexpr,
 ):
-    """One program merges the splits of BLOCK_HEADS query heads of a sequence, adds sinks and writes the output."""
-    programs_per_seq: tl.constexpr = (NUM_Q_HEADS + BLOCK_HEADS - 1) // BLOCK_HEADS
-    sequence = tl.program_id(0) // programs_per_seq
-    first_head = tl.program_id(0) % programs_per_seq * BLOCK_HEADS
-    heads = first_head + tl.arange(0, BLOCK_HEADS)
-    head_mask = heads < NUM_Q_HEADS
-
-    quota = tile_quota(lens_ptr, SCHEDULE, SCORING.window_left, TILE.block_n)
-    first_item = items_before_sequence(sequence, lens_ptr, quota, SCHEDULE, SCORING.window_left, TILE.block_n)
-    key_begin, key_end = visible_keys(tl.load(lens_ptr + sequence), SCHEDULE.max_keys, SCORING.window_left)
-    _, tiles = tile_range(key_begin, key_end, TILE.block_n)
-    row_max, row_sum, acc = merge_partials(
-        partial_out_ptr,
-        partial_lse_ptr,
-        first_item.to(tl.int64) * NUM_Q_HEADS + first_head,
-        count_splits(tiles, quota, SCHEDULE),
-        head_mask,
-        NUM_Q_HEADS,
-        CACHE.value_head_dim,
-        BLOCK_SPLITS,
-        BLOCK_HEADS,
-        TILE.block_dv,
+    """One program merges BLOCK_ROWS rows of a row tile whose keys were split, adds sinks and writes the output."""
+    blocks: tl.constexpr = TILE.block_m // BLOCK_ROWS
+    kv_head = tl.program_id(0) // blocks % QUERIES.num_kv_heads
+    tile = tl.program_id(0) // (blocks * QUERIES.num_kv_heads)
+    quota = tile_quota(starts_ptr, lens_ptr, QUERIES, SCORING, TILE, SCHEDULE)
+    _, items_before, tiles_before, first_token, num_tokens, num_keys = find_segment(
+        tile, quota, starts_ptr, lens_ptr, QUERIES, SCORING, TILE, SCHEDULE, False
     )
-    store_rows(
-        row_max,
-        row_sum,
-        acc,
-        sequence.to(tl.int64) * NUM_Q_HEADS + heads,
-        heads,
-        head_mask,
-        sink_ptr,
-        v_scale_ptr,
-        out_ptr,
-        lse_ptr,
-        V_SCALE_STRIDE,
-        NUM_Q_HEADS // NUM_KV_HEADS,
-        CACHE.value_head_dim,
-        TILE.block_dv,
-    )
+    row_tiles, key_tiles = count_tiles(num_tokens, num_keys, QUERIES, SCORING, TILE, SCHEDULE)
+    num_splits = count_splits(key_tiles, quota, SCHEDULE)
+    first_row = (tile - tiles_before) * TILE.block_m
+    rows = tl.program_id(0) % blocks * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    _, heads, out_rows, row_mask = unpack_rows(first_row + rows, first_row, kv_head, num_tokens, QUERIES)
+    first_item = items_before + (row_tiles - 1 - (tile - tiles_before)) * num_splits
+    has_rows = tl.max(row_mask.to(tl.int32)) > 0
+    if (num_splits > 1) & has_rows & (first_item + num_splits <= SCHEDULE.most_items):
+        row_max, row_sum, acc = merge_partials(
+            SCHEDULE.first_partial + first_item * QUERIES.num_kv_heads + kv_head,
+            QUERIES.num_kv_heads,
+            num_splits,
+            rows,
+            row_mask,
+            partial_out_ptr,
+            partial_lse_ptr,
+            CACHE.value_head_dim,
+            TILE.block_m,
+            BLOCK_ROWS,
+            BLOCK_SPLITS,
+            TILE.block_dv,
+        )
+        tile_row = (first_token + first_row // QUERIES.group_size).to(tl.int64) * QUERIES.num_q_heads
+        if lse_ptr is not None:
+            lse_ptr += tile_row
+        store_rows(
+            row_max,
+            row_sum,
+            acc,
+            out_rows,
+            heads,
+            row_mask,
+            sink_ptr,
+            v_scale_ptr,
+            out_ptr + tile_row * CACHE.value_head_dim,
+            lse_ptr,
+            V_SCALE_STRIDE,
+            QUERIES.group_size,
+            CACHE.value_head_dim,
+            TILE.block_dv,
+        )

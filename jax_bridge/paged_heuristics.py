@@ -1,0 +1,326 @@
+"""Launch configurations of the paged operations, from static shapes and the device alone.
+
+Measured on an H100 (docs/performance.md). Decode tiles: many programs with one tile in flight each beat fewer with
+deeper pipelines; a loop of its own for unmasked tiles saves nothing where memory decides, and its code makes some tiles
+spill registers.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+
+from jax_bridge.configs import PageAttentionConfig, PrefillPageAttentionConfig, UnifiedAttentionConfig
+from jax_bridge.device import Device
+from jax_bridge.paged_launch import RowClass, next_power_of_two, padded_head_dim
+from jax_bridge.validation import PagedSizes
+
+Launches = tuple[tuple[RowClass, ...], ...]
+
+_MOST_DECODE_ROWS = 64  # rows of a decode tile
+_SPECULATIVE_TOKENS = 4  # tokens a sequence that a decode tile beside prefill tiles makes room for
+_SHORT_TOKENS = 16  # tokens a sequence below which most of a batch is decoding, one token or a few at a time
+_FULL_WAVES = 3  # programs a multiprocessor that large prefill tiles must make: fewer leave it idle at the end
+_MIN_PREFILL_TILES = 16  # of keys in a split: fewer are not worth writing partial results of many rows
+
+
+@dataclasses.dataclass(frozen=True)
+class TileShape:
+    """Rows, keys, warps and pipeline depth of a tile."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+def is_full_precision(dtype: Any) -> bool:
+    """Whether dot products are of float32: they run on FMA units, out of registers, and so in small tiles."""
+    return np.dtype(dtype).itemsize == 4
+
+
+def decode_tile(sizes: PagedSizes, rows: int, query_dtype: Any, cache_dtype: Any, device: Device) -> TileShape:
+    """The tile for sequences of up to `rows` rows."""
+    widest = _widest(sizes)
+    if is_full_precision(query_dtype):
+        block_m, block_n, num_warps = 16, max(16, min(32, 4096 // widest)), 4
+    else:
+        block_m = min(_MOST_DECODE_ROWS, max(8, next_power_of_two(rows)))
+        block_n = 64 if widest <= 128 else 32
+        num_warps = 4 if widest <= 256 else 8
+    num_stages = 2
+    while num_stages > 1 and _pipeline_bytes(sizes, cache_dtype, block_n, num_stages) > device.shared_memory // 2:
+        num_stages -= 1
+    return TileShape(block_m, block_n, num_warps, num_stages)
+
+
+def _decode_programs_per_sm(tile: TileShape) -> int:
+    """As many as the registers of a decode tile let run at once."""
+    return {8: 4, 16: 3, 32: 3}.get(tile.block_m, 2)
+
+
+def _prefill_programs_per_sm(sizes: PagedSizes) -> int:
+    """As many as the registers of a prefill tile let run at once: two hide each other's waits, even if some spill."""
+    return 2 if _widest(sizes) <= 128 else 1
+
+
+def prefill_tile(sizes: PagedSizes, cache_dtype: Any, device: Device) -> TileShape:
+    """The tile for sequences of many rows, in 16-bit precision."""
+    widest = _widest(sizes)
+    rows = sizes.num_tokens * sizes.group_size
+    if widest <= 128:
+        fills_device = rows // 128 * sizes.num_kv_heads >= _FULL_WAVES * device.num_sms
+        is_speculative = sizes.num_seqs > 1 and not _overlaps(sizes)
+        if is_speculative:  # leaves shared memory for as many programs as decode tiles want
+            tile = TileShape(64, 32, 4, 2)
+        else:
+            tile = TileShape(128, 64, 8, 3) if fills_device else TileShape(64, 64, 4, 2)
+    elif widest <= 256:
+        tile = TileShape(128, 32, 8, 2)
+    else:
+        tile = TileShape(64, 32, 8, 2)
+    query_bytes = tile.block_m * padded_head_dim(sizes.head_dim) * 2
+    while tile.num_stages > 1 and device.shared_memory < query_bytes + _pipeline_bytes(
+        sizes, cache_dtype, tile.block_n, min(3, tile.num_stages + 1)
+    ):
+        tile = dataclasses.replace(tile, num_stages=tile.num_stages - 1)
+    return tile
+
+
+def page_attention_config(sizes: PagedSizes, query_dtype: Any, cache_dtype: Any, device: Device) -> PageAttentionConfig:
+    """Tile shape and split target of page attention."""
+    tile = decode_tile(sizes, sizes.group_size, query_dtype, cache_dtype, device)
+    return PageAttentionConfig(
+        **dataclasses.asdict(tile),
+        programs_per_sm=_decode_programs_per_sm(tile),
+        min_tiles_per_split=2,
+        skip_masks=False,
+    )
+
+
+def page_attention_launches(cfg: PageAttentionConfig) -> Launches:
+    """How page attention runs every sequence; a `num_splits` that is open balances the batch."""
+    return ((_row_class(cfg, num_splits=cfg.num_splits or 0),),)
+
+
+def prefill_page_attention_config(
+    sizes: PagedSizes, query_dtype: Any, cache_dtype: Any, device: Device
+) -> PrefillPageAttentionConfig:
+    """Tile shape and split target of a chunk: a decode tile for a few rows, else a prefill tile."""
+    rows = sizes.num_tokens * sizes.group_size
+    if rows <= _MOST_DECODE_ROWS or is_full_precision(query_dtype):
+        tile = decode_tile(sizes, rows, query_dtype, cache_dtype, device)
+        return PrefillPageAttentionConfig(
+            **dataclasses.asdict(tile),
+            programs_per_sm=_decode_programs_per_sm(tile),
+            min_tiles_per_split=2,
+            skip_masks=False,
+        )
+    tile = prefill_tile(sizes, cache_dtype, device)
+    return PrefillPageAttentionConfig(
+        **dataclasses.asdict(tile),
+        programs_per_sm=_prefill_programs_per_sm(sizes),
+        min_tiles_per_split=_MIN_PREFILL_TILES,
+        skip_masks=True,
+    )
+
+
+def prefill_page_attention_launches(cfg: PrefillPageAttentionConfig, sizes: PagedSizes, device: Device) -> Launches:
+    """How a chunk runs: its keys are divided where its row tiles alone would not fill the device."""
+    rows = _row_class(cfg, num_splits=cfg.num_splits or 0, is_persistent=cfg.skip_masks is not True)
+    return ((_undivided_if_full(rows, sizes, sizes.num_tokens * sizes.group_size, device),),)
+
+
+def _row_class(cfg: Any, *, num_splits: int, is_persistent: bool = True) -> RowClass:
+    return RowClass(
+        block_m=cfg.block_m,
+        block_n=cfg.block_n,
+        num_warps=cfg.num_warps,
+        num_stages=cfg.num_stages,
+        skip_masks=cfg.skip_masks,
+        programs_per_sm=cfg.programs_per_sm,
+        min_tiles=cfg.min_tiles_per_split,
+        num_splits=num_splits,
+        is_persistent=is_persistent,
+    )
+
+
+def unified_attention_config(
+    sizes: PagedSizes, query_dtype: Any, cache_dtype: Any, device: Device
+) -> UnifiedAttentionConfig:
+    """Both tile shapes of unified attention, and its split target."""
+    decode_only = _is_decode_only(sizes, query_dtype)
+    overlaps = not decode_only and _overlaps(sizes)
+    wide = not decode_only and _prefill_programs_per_sm(sizes) == 1
+    tokens = math.ceil(sizes.num_tokens / max(1, sizes.num_seqs))
+    if not decode_only:
+        tokens = _SPECULATIVE_TOKENS if overlaps else max(tokens, _SPECULATIVE_TOKENS)
+    decode = decode_tile(sizes, tokens * sizes.group_size, query_dtype, cache_dtype, device)
+    prefill = prefill_tile(sizes, cache_dtype, device)
+    return UnifiedAttentionConfig(
+        num_warps=decode.num_warps if decode_only else prefill.num_warps,
+        num_stages=prefill.num_stages,
+        block_m=prefill.block_m,
+        block_n=prefill.block_n,
+        skip_masks=True,
+        decode_block_m=decode.block_m,
+        decode_block_n=decode.block_n,
+        decode_num_stages=5 if overlaps else decode.num_stages,
+        programs_per_sm=_prefill_programs_per_sm(sizes),
+        decode_programs_per_sm=1 if overlaps or wide else _decode_programs_per_sm(decode),
+        min_tiles_per_split=2,
+    )
+
+
+def unified_attention_launches(
+    cfg: UnifiedAttentionConfig, sizes: PagedSizes, query_dtype: Any, device: Device
+) -> Launches:
+    """How unified attention runs its sequences: as decoding, as prefilling, or each as one of the two.
+
+    Where there are no more tokens than sequences, or few of a single one, everything is decoding, which is right for
+    any number of tokens; a single sequence of many tokens is prefilling. Otherwise both kinds share a launch: where
+    there is room for much prefilling, decoding takes a part of each multiprocessor, to wait for memory while the rest
+    computes; where there is not, it takes all of it first.
+    """
+    num_splits = cfg.num_par_softmax_segments or 0
+    if cfg.seq_threshold_3d is not None and sizes.num_seqs > cfg.seq_threshold_3d:
+        num_splits = 1
+    decode = RowClass(
+        block_m=_given(cfg.decode_block_m),
+        block_n=_given(cfg.decode_block_n),
+        num_warps=_given(cfg.num_warps),
+        num_stages=_given(cfg.decode_num_stages),
+        skip_masks=False,
+        programs_per_sm=_given(cfg.decode_programs_per_sm),
+        min_tiles=_given(cfg.min_tiles_per_split),
+        num_splits=num_splits,
+    )
+    num_rows = sizes.num_tokens * sizes.group_size
+    if sizes.num_tokens <= sizes.num_seqs:
+        return ((decode,),)
+    if _is_decode_only(sizes, query_dtype):
+        return ((_undivided_if_full(decode, sizes, num_rows, device),),)
+    prefill = RowClass(
+        block_m=_given(cfg.block_m),
+        block_n=_given(cfg.block_n),
+        num_warps=_given(cfg.num_warps),
+        num_stages=_given(cfg.num_stages),
+        skip_masks=bool(cfg.skip_masks),
+        programs_per_sm=_given(cfg.programs_per_sm),
+        min_tiles=_MIN_PREFILL_TILES,
+        num_splits=num_splits,
+        is_persistent=False,
+    )
+    if sizes.num_seqs == 1:
+        return ((_undivided_if_full(prefill, sizes, num_rows, device),),)
+    decode = dataclasses.replace(decode, most_rows=decode.block_m)
+    prefill = _undivided_if_full(prefill, sizes, num_rows - sizes.num_seqs * decode.block_m, device)
+    prefill = dataclasses.replace(prefill, fewest_rows=decode.block_m + 1)
+    if _overlaps(sizes):
+        return ((dataclasses.replace(decode, takes_tickets=True), prefill),)
+    return ((decode, dataclasses.replace(prefill, num_splits=prefill.num_splits or 1)),)
+
+
+def _overlaps(sizes: PagedSizes) -> bool:
+    """Whether enough of a batch may be prefilling for decoding programs to leave room for it at once."""
+    return sizes.num_tokens >= _SHORT_TOKENS * sizes.num_seqs
+
+
+def _given(value: int | None) -> int:
+    """A field that heuristics have filled in."""
+    if value is None:
+        raise TypeError("a configuration has open fields, expected every field to be chosen")
+    return value
+
+
+def _is_decode_only(sizes: PagedSizes, query_dtype: Any) -> bool:
+    few_rows = sizes.num_seqs == 1 and sizes.num_tokens * sizes.group_size <= _MOST_DECODE_ROWS
+    return sizes.num_tokens <= sizes.num_seqs or few_rows or is_full_precision(query_dtype)
+
+
+def _undivided_if_full(rows: RowClass, sizes: PagedSizes, num_rows: int, device: Device) -> RowClass:
+    """`rows` without splits, if these are left to the balance and `num_rows` rows occupy all programs."""
+    programs = num_rows // rows.block_m * sizes.num_kv_heads
+    if rows.num_splits or programs < device.num_sms * rows.programs_per_sm:
+        return rows
+    return dataclasses.replace(rows, num_splits=1)
+
+
+def page_attention_candidates(
+    sizes: PagedSizes, cache_dtype: Any, heuristic: Any, device: Device
+) -> tuple[PageAttentionConfig, ...]:
+    """Configurations worth timing: variations of the heuristic one that fit the device's shared memory."""
+    variations: tuple[dict[str, Any], ...] = (
+        {},
+        {"num_stages": 3, "programs_per_sm": 3},
+        {"programs_per_sm": 3},
+        {"num_warps": 2},
+        {"block_m": max(16, heuristic.block_m), "num_warps": 2},
+        {"block_n": 2 * heuristic.block_n, "programs_per_sm": 3},
+        {"block_n": max(16, heuristic.block_n // 2)},
+        {"skip_masks": not heuristic.skip_masks},
+        {"num_splits": 1},
+    )
+    candidates = (dataclasses.replace(heuristic, **changes) for changes in variations)
+    return _fitting(candidates, lambda cfg: _decode_bytes(sizes, cache_dtype, cfg), device)
+
+
+def prefill_page_attention_candidates(
+    sizes: PagedSizes, cache_dtype: Any, heuristic: Any, device: Device
+) -> tuple[PrefillPageAttentionConfig, ...]:
+    """Configurations worth timing, as for page attention."""
+    candidates = (dataclasses.replace(heuristic, **changes) for changes in _prefill_variations(heuristic))
+    return _fitting(candidates, lambda cfg: _tile_bytes(sizes, cache_dtype, cfg), device)
+
+
+def unified_attention_candidates(
+    sizes: PagedSizes, cache_dtype: Any, heuristic: Any, device: Device
+) -> tuple[UnifiedAttentionConfig, ...]:
+    """Configurations worth timing, as for page attention."""
+    variations = (
+        *_prefill_variations(heuristic),
+        {"decode_num_stages": heuristic.decode_num_stages + 1},
+        {"decode_block_n": 2 * heuristic.decode_block_n},
+        {"decode_programs_per_sm": heuristic.decode_programs_per_sm + 1},
+        {"seq_threshold_3d": 0},
+    )
+    candidates = (dataclasses.replace(heuristic, **changes) for changes in variations)
+    return _fitting(candidates, lambda cfg: _tile_bytes(sizes, cache_dtype, cfg), device)
+
+
+def _prefill_variations(heuristic: Any) -> tuple[dict[str, Any], ...]:
+    return (
+        {},
+        {"num_stages": heuristic.num_stages + 1},
+        {"num_warps": 8},
+        {"block_m": 2 * heuristic.block_m, "num_warps": 8},
+        {"block_m": max(16, heuristic.block_m // 2), "num_warps": 4},
+        {"block_n": 2 * heuristic.block_n, "num_warps": 8},
+    )
+
+
+def _fitting[C](candidates: Iterable[C], shared_bytes: Callable[[C], int], device: Device) -> tuple[C, ...]:
+    """Distinct candidates whose tiles fit the shared memory of a program."""
+    return tuple(cfg for cfg in dict.fromkeys(candidates) if shared_bytes(cfg) <= device.shared_memory)
+
+
+def _widest(sizes: PagedSizes) -> int:
+    return max(padded_head_dim(sizes.head_dim), padded_head_dim(sizes.value_head_dim))
+
+
+def _decode_bytes(sizes: PagedSizes, cache_dtype: Any, cfg: Any) -> int:
+    return _pipeline_bytes(sizes, cache_dtype, cfg.block_n, cfg.num_stages)
+
+
+def _tile_bytes(sizes: PagedSizes, cache_dtype: Any, cfg: Any) -> int:
+    """Shared memory of a prefill tile: its queries in 16 bits, and the K and V tiles in flight."""
+    query_bytes = cfg.block_m * padded_head_dim(sizes.head_dim) * 2
+    return query_bytes + _pipeline_bytes(sizes, cache_dtype, cfg.block_n, cfg.num_stages + 1)
+
+
+def _pipeline_bytes(sizes: PagedSizes, cache_dtype: Any, block_n: int, num_stages: int) -> int:
+    """Shared memory of the K and V tiles in flight."""
+    widths = padded_head_dim(sizes.head_dim) + padded_head_dim(sizes.value_head_dim)
+    return block_n * widths * np.dtype(cache_dtype).itemsize * max(1, num_stages - 1)

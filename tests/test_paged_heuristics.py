@@ -1,0 +1,147 @@
+"""Launch configurations of the paged operations at the sizes where they change: pure functions of shapes and device."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from typing import Any
+
+import pytest
+
+import jax_bridge
+from jax_bridge import paged_heuristics as heuristics
+from jax_bridge.device import KNOWN_DEVICES, Device
+from jax_bridge.paged_launch import ANY_ROWS, RowClass, padded_head_dim
+from jax_bridge.validation import PagedSizes
+
+H100 = KNOWN_DEVICES["h100"]
+
+
+def sizes(num_seqs: int, num_tokens: int, **changes: Any) -> PagedSizes:
+    """Llama 3 8B over pages of 16 tokens."""
+    base = PagedSizes(
+        num_seqs=num_seqs,
+        num_tokens=num_tokens,
+        num_q_heads=32,
+        num_kv_heads=8,
+        group_size=4,
+        head_dim=128,
+        value_head_dim=128,
+        num_pages=4096,
+        page_size=16,
+        table_width=256,
+    )
+    return dataclasses.replace(base, **changes)
+
+
+def unified(call: PagedSizes, dtype: str = "bfloat16", device: Device = H100, **fields: Any) -> list[RowClass]:
+    """The classes of all launches, in order."""
+    chosen = heuristics.unified_attention_config(call, dtype, dtype, device)
+    cfg = dataclasses.replace(chosen, **fields)
+    return [rows for launch in heuristics.unified_attention_launches(cfg, call, dtype, device) for rows in launch]
+
+
+def test_one_token_a_sequence_is_decoding() -> None:
+    (rows,) = unified(sizes(8, 8))
+    assert (rows.fewest_rows, rows.most_rows) == (1, ANY_ROWS)
+    assert rows.num_splits == 0
+    assert not rows.skip_masks
+
+
+def test_one_token_more_may_be_prefilling() -> None:
+    few, many = unified(sizes(8, 9))
+    assert many.fewest_rows == few.most_rows + 1 == few.block_m + 1
+    assert many.most_rows == ANY_ROWS
+    assert many.skip_masks
+    assert many.block_m > few.block_m
+
+
+@pytest.mark.parametrize("num_tokens", [8, 9, 500])
+def test_float32_is_never_prefilling(num_tokens: int) -> None:
+    """Its products run on FMA units: large tiles would spill."""
+    (rows,) = unified(sizes(8, num_tokens), "float32")
+    assert rows.block_m == 16
+    assert rows.most_rows == ANY_ROWS
+
+
+@pytest.mark.parametrize(("num_tokens", "is_decoding"), [(1, True), (16, True), (17, False)])
+def test_one_sequence(num_tokens: int, is_decoding: bool) -> None:
+    """Up to 64 rows, 16 tokens of 4 heads, fit a decode tile."""
+    (rows,) = unified(sizes(1, num_tokens))
+    assert rows.skip_masks != is_decoding
+    assert rows.most_rows == ANY_ROWS
+
+
+@pytest.mark.parametrize("more", [-1, 0, 1])
+def test_decoding_leaves_room_where_much_is_prefilling(more: int) -> None:
+    """Then its programs take tickets beside prefilling ones; else they walk their items first."""
+    few, many = unified(sizes(8, 8 * heuristics._SHORT_TOKENS + more))
+    assert few.takes_tickets == (more >= 0)
+    assert not many.takes_tickets
+
+
+@pytest.mark.parametrize(("threshold", "num_splits"), [(None, 5), (8, 5), (7, 1), (0, 1)])
+def test_threshold_of_splits(threshold: int | None, num_splits: int) -> None:
+    """Keys are divided up to so many sequences."""
+    classes = unified(sizes(8, 40), seq_threshold_3d=threshold, num_par_softmax_segments=5)
+    assert {rows.num_splits for rows in classes} == {num_splits}
+
+
+def test_keys_of_a_chunk_are_divided_where_its_rows_leave_the_device_idle() -> None:
+    for num_tokens, num_splits in ((64, 0), (100_000, 1)):
+        call = sizes(1, num_tokens)
+        cfg = heuristics.prefill_page_attention_config(call, "bfloat16", "bfloat16", H100)
+        ((rows,),) = heuristics.prefill_page_attention_launches(cfg, call, H100)
+        assert rows.num_splits == num_splits
+
+
+@pytest.mark.parametrize(("num_tokens", "is_prefill_tile"), [(16, False), (17, True)])
+def test_chunks_of_few_rows_take_a_decode_tile(num_tokens: int, is_prefill_tile: bool) -> None:
+    cfg = heuristics.prefill_page_attention_config(sizes(1, num_tokens), "bfloat16", "bfloat16", H100)
+    assert cfg.skip_masks == is_prefill_tile
+
+
+def _bytes(call: PagedSizes, itemsize: int, rows: int, keys: int, tiles: int) -> int:
+    """Shared memory of a tile's queries and of the K and V tiles in flight."""
+    widths = padded_head_dim(call.head_dim) + padded_head_dim(call.value_head_dim)
+    return rows * padded_head_dim(call.head_dim) * 2 + keys * widths * itemsize * tiles
+
+
+@pytest.mark.parametrize("device", KNOWN_DEVICES)
+@pytest.mark.parametrize("cache_dtype", ["bfloat16", "int8"])
+def test_tiles_fit_shared_memory_everywhere(device: str, cache_dtype: str) -> None:
+    chip, itemsize = KNOWN_DEVICES[device], 1 if cache_dtype == "int8" else 2
+    for head_dim, group_size, tokens in itertools.product((16, 64, 80, 128, 192, 256, 512), (1, 3, 8, 71), (1, 5, 300)):
+        heads = {"num_q_heads": 2 * group_size, "num_kv_heads": 2, "group_size": group_size}
+        call = sizes(4, 4 * tokens, head_dim=head_dim, value_head_dim=head_dim, **heads)
+        cfg = heuristics.unified_attention_config(call, "bfloat16", cache_dtype, chip)
+        assert cfg.num_stages is not None
+        assert cfg.block_m is not None
+        assert cfg.block_n is not None
+        assert _bytes(call, itemsize, cfg.block_m, cfg.block_n, cfg.num_stages - 1) <= chip.shared_memory
+        decode = heuristics.page_attention_config(call, "bfloat16", cache_dtype, chip)
+        assert decode.block_n is not None
+        assert decode.num_stages is not None
+        assert _bytes(call, itemsize, 16, decode.block_n, decode.num_stages - 1) <= chip.shared_memory
+
+
+@pytest.mark.parametrize("operation", ["unified_attention", "prefill_page_attention", "page_attention"])
+def test_candidates_are_distinct_complete_and_begin_with_the_heuristic(operation: str) -> None:
+    call = sizes(4, 100) if operation == "unified_attention" else sizes(1, 100)
+    heuristic = getattr(heuristics, f"{operation}_config")(call, "bfloat16", "bfloat16", H100)
+    candidates = getattr(heuristics, f"{operation}_candidates")(call, "bfloat16", heuristic, H100)
+    assert candidates[0] == heuristic
+    assert len(set(candidates)) == len(candidates) > 3
+
+
+@pytest.mark.parametrize("operation", ["unified_attention", "prefill_page_attention", "page_attention"])
+def test_heuristics_choose_every_field_that_needs_a_value(operation: str) -> None:
+    call = sizes(4, 100) if operation == "unified_attention" else sizes(1, 100)
+    for dtype in ("float32", "float16"):
+        cfg = getattr(heuristics, f"{operation}_config")(call, dtype, dtype, H100)
+        free = {"num_splits", "seq_threshold_3d", "num_par_softmax_segments"}
+        assert all(getattr(cfg, field.name) is not None for field in dataclasses.fields(cfg) if field.name not in free)
+
+
+def test_configurations_are_hashable() -> None:
+    assert len({jax_bridge.UnifiedAttentionConfig(), jax_bridge.UnifiedAttentionConfig(block_m=16)}) == 2
