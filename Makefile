@@ -24,7 +24,7 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	TRITON_INTERPRET=1 XLA_FLAGS="$$XLA_FLAGS --xla_backend_optimization_level=0" \
 	    $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not compile" $(ARGS)
-	env -u TRITON_INTERPRET $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m compile tests/test_compile_gpu.py
+	env -u TRITON_INTERPRET $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m compile tests/test_compile_gpu.py tests/test_launch.py
 
 # Every case in every dtype, and hundreds of drawn problems for each operation: hours.
 test-full: export HYPOTHESIS_PROFILE = full

@@ -61,7 +61,7 @@ def test_program_rotates_among_groups_of_arguments() -> None:
     values = [[float(output[0]) for output in program.run(index)] for index in range(4)]
     assert values == [[10, 11], [12, 13], [14, 15], [10, 11]]
     timing = measure_program(program, repeats=2, sample_seconds=1e-4)
-    assert 0 < timing.low <= timing.median <= timing.high
+    assert timing.low <= timing.median <= timing.high  # a slope between two times: below 0 on a busy machine
     with pytest.raises(ValueError, match="6 argument sets"):
         compile_program(jnp.sin, sets, calls_per_program=4)
 

@@ -31,7 +31,7 @@ pytestmark = pytest.mark.compile
 NVIDIA = {"sm_80": "a100", "sm_90": "h100", "sm_100": "b200"}
 AMD_LOCAL_MEMORY = 64 * 1024
 MOST_SPILLED_BYTES = 768
-MOST_SPILLED_BYTES_OF_DECODING = 64  # before and behind the loop, so that as many programs as planned fit the registers
+MOST_SPILLED_BYTES_OF_DECODING = 96  # before and behind the loop, so that as many programs as planned fit the registers
 ALL_FEATURES = {
     "attn_logits_soft_cap": 30.0,
     "sliding_window": 1024,
