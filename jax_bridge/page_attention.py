@@ -63,19 +63,9 @@ def _triton(invocation: Invocation, cfg: PageAttentionConfig, device: Device) ->
         cfg = dataclasses.replace(cfg, num_splits=options.num_splits)
 
     def attend(arrays: paged_launch.Arrays) -> tuple[jax.Array, jax.Array | None]:
-        operands = {
-            "q_ptr": arrays["query"],
-            "k_ptr": arrays["key_cache"],
-            "v_ptr": arrays["value_cache"],
-            "starts_ptr": None,
-            "lens_ptr": arrays["context_lens"],
-            "table_ptr": arrays["block_tables"],
-            "alibi_ptr": arrays["alibi_slopes"],
-            "qq_bias_ptr": None,
-            "sink_ptr": arrays["attention_sink"],
-            "k_scale_ptr": arrays["k_scale"],
-            "v_scale_ptr": arrays["v_scale"],
-        }
+        operands = paged_launch.operands_of(
+            arrays, query="query", lengths="context_lens", table="block_tables", starts=None
+        )
         call = paged_launch.PagedCall(
             "page_attention", operands, invocation.sizes, options, device, max_keys=options.max_context_len
         )

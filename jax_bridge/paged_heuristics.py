@@ -1,8 +1,7 @@
 """Launch configurations of the paged operations, from static shapes and the device alone.
 
-Measured on an H100 (docs/performance.md). Decode tiles: many programs with one tile in flight each beat fewer with
-deeper pipelines; a loop of its own for unmasked tiles saves nothing where memory decides, and its code makes some tiles
-spill registers.
+Measured on an H100 (docs/performance.md). Where decoding has a multiprocessor to itself, many programs with one tile in
+flight each are best; beside prefilling it has one program, with a deeper pipeline.
 """
 
 import dataclasses

@@ -46,6 +46,31 @@ def lacks(sizes: PagedSizes, cache_dtype: Any) -> str | None:
     return None
 
 
+def operands_of(arrays: Arrays, *, query: str, lengths: str, table: str, starts: jax.Array | None) -> Arrays:
+    """The arrays of a paged operation by the names of the kernel's parameters.
+
+    Args:
+        arrays: Arrays by the names of the operation's arguments, validated.
+        query: What the operation calls its queries.
+        lengths: What it calls its lengths.
+        table: What it calls its page table.
+        starts: First row of each sequence and the end of the last one; None for one row a sequence.
+    """
+    return {
+        "q_ptr": arrays[query],
+        "k_ptr": arrays["key_cache"],
+        "v_ptr": arrays["value_cache"],
+        "starts_ptr": starts,
+        "lens_ptr": arrays[lengths],
+        "table_ptr": arrays[table],
+        "alibi_ptr": arrays["alibi_slopes"],
+        "qq_bias_ptr": arrays.get("qq_bias"),
+        "sink_ptr": arrays["attention_sink"],
+        "k_scale_ptr": arrays["k_scale"],
+        "v_scale_ptr": arrays["v_scale"],
+    }
+
+
 @dataclasses.dataclass(frozen=True)
 class RowClass:
     """Sequences by their rows (tokens times query heads a KV head): their tile, and how programs share the work.
@@ -202,13 +227,19 @@ class PagedCall:
         )
         for tile, schedule, work in zip(tiles, schedules, works, strict=True):
             if work.splits > 1:
-                results |= self._reduce(tile, schedule, work, results)
+                results |= self._reduce(tile, schedule, work, constants, results)
         return {name: results[name] for name, output in answers.items() if output}
 
-    def _reduce(self, tile: Any, schedule: Any, work: Work, results: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    def _reduce(
+        self,
+        tile: Any,
+        schedule: Any,
+        work: Work,
+        constants: Mapping[str, Any],
+        results: Mapping[str, jax.Array],
+    ) -> dict[str, jax.Array]:
         """Merges the partial results of a class of rows into the output."""
         block_rows, block_splits = reduce_blocks(work, self.sizes, tile, self.device)
-        constants = self._constants()
         return launch(
             kernels("split_reduce").split_reduce_kernel,
             outputs={},

@@ -40,19 +40,13 @@ def _triton(invocation: Invocation, cfg: PrefillPageAttentionConfig, device: Dev
     sizes, options = invocation.sizes, invocation.options
 
     def attend(arrays: paged_launch.Arrays) -> tuple[jax.Array, jax.Array | None]:
-        operands = {
-            "q_ptr": arrays["query"],
-            "k_ptr": arrays["key_cache"],
-            "v_ptr": arrays["value_cache"],
-            "starts_ptr": jnp.array([0, sizes.num_tokens], jnp.int32),
-            "lens_ptr": arrays["context_len"],
-            "table_ptr": arrays["page_indices"],
-            "alibi_ptr": arrays["alibi_slopes"],
-            "qq_bias_ptr": None,
-            "sink_ptr": arrays["attention_sink"],
-            "k_scale_ptr": arrays["k_scale"],
-            "v_scale_ptr": arrays["v_scale"],
-        }
+        operands = paged_launch.operands_of(
+            arrays,
+            query="query",
+            lengths="context_len",
+            table="page_indices",
+            starts=jnp.array([0, sizes.num_tokens], jnp.int32),
+        )
         call = paged_launch.PagedCall("prefill_page_attention", operands, sizes, options, device)
         return call.attend(paged_heuristics.prefill_page_attention_launches(cfg, sizes, device))
 

@@ -59,19 +59,9 @@ def _triton(invocation: Invocation, cfg: UnifiedAttentionConfig, device: Device)
     launches = paged_heuristics.unified_attention_launches(cfg, sizes, invocation.arrays["queries"].dtype, device)
 
     def attend(arrays: paged_launch.Arrays) -> tuple[jax.Array, jax.Array | None]:
-        operands = {
-            "q_ptr": arrays["queries"],
-            "k_ptr": arrays["key_cache"],
-            "v_ptr": arrays["value_cache"],
-            "starts_ptr": arrays["query_start_loc"],
-            "lens_ptr": arrays["kv_lens"],
-            "table_ptr": arrays["block_tables"],
-            "alibi_ptr": arrays["alibi_slopes"],
-            "qq_bias_ptr": arrays["qq_bias"],
-            "sink_ptr": arrays["attention_sink"],
-            "k_scale_ptr": arrays["k_scale"],
-            "v_scale_ptr": arrays["v_scale"],
-        }
+        operands = paged_launch.operands_of(
+            arrays, query="queries", lengths="kv_lens", table="block_tables", starts=arrays["query_start_loc"]
+        )
         call = paged_launch.PagedCall("unified_attention", operands, sizes, options, device, is_causal=options.causal)
         return call.attend(launches)
 
