@@ -106,6 +106,7 @@ def launch(
     Raises:
         TypeError: The names are not exactly the kernel's parameters, or outputs are not its last ones.
         ValueError: The grid is empty or too large.
+        NotImplementedError: The device is not one of NVIDIA.
     """
     name = kernel.__name__
     updated = updated or {}
@@ -128,6 +129,10 @@ def launch(
     if interpreting():
         return _varying(arrays, _interpret(kernel, written, arrays, tuple(changed), absent, constants, num_programs))
 
+    if device.vendor != "nvidia":
+        raise NotImplementedError(
+            f'{operation}[triton] does not support launches on {device.name}, only compiling for it; use platform="xla"'
+        )
     # The buffers of all results follow those of the operands: what is updated comes last, behind the last parameter.
     results_in_order = [*(parameter for parameter in kernel.arg_names if parameter in written), *changed]
     operands_in_order = [parameter for parameter in kernel.arg_names if parameter in arrays]
@@ -323,9 +328,9 @@ def _interpret(
     answers = {**outputs, **{name: Output(arrays[name].shape, arrays[name].dtype) for name in updated}}
 
     def run(arrays: dict[str, Any]) -> dict[str, np.ndarray]:
-        inputs = {name: _widened(np.asarray(array)) for name, array in arrays.items()}
+        inputs = {name: _widened(np.asarray(array)) for name, array in arrays.items() if name not in updated}
         results = {name: _unwritten(output) for name, output in outputs.items()}
-        results |= {name: inputs.pop(name).copy() for name in updated}
+        results |= {name: _widened(np.array(arrays[name])) for name in updated}
         buffers = {name: _HostBuffer(array) for name, array in {**inputs, **results}.items()}
         # A GPU's arithmetic does not warn either, of values that a `where` then leaves out.
         silence = warnings.catch_warnings(action="ignore", category=RuntimeWarning)

@@ -1,6 +1,6 @@
 """KV-cache layouts: a name such as "PTHD" lists the axes in order; sizes and strides follow, nothing is guessed."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 LAYOUTS = ("PTHD", "PHTD", "HPTD")
 """Axes of a cache: P page, T token in page, H KV head, D head dim."""
@@ -36,3 +36,8 @@ def cache_strides(kv_layout: str, shape: tuple[int, ...]) -> CacheStrides:
         strides[axis] = step
         step *= size
     return CacheStrides(strides["P"], strides["T"], strides["H"])
+
+
+def scale_stride(scale: Any) -> int:
+    """Step between the scales of two KV heads in an array `[1]` or `[Hkv]`, or None: 0 where one serves all."""
+    return 0 if scale is None or scale.shape[0] == 1 else 1

@@ -11,7 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from jax_bridge.configs import PageAttentionConfig, PrefillPageAttentionConfig, UnifiedAttentionConfig
+from jax_bridge.configs import (
+    FwdParams,
+    PageAttentionConfig,
+    PrefillPageAttentionConfig,
+    RaggedDecodeAttentionConfig,
+    UnifiedAttentionConfig,
+)
 from jax_bridge.device import Device
 from jax_bridge.paged_launch import RowClass, next_power_of_two, padded_head_dim
 from jax_bridge.validation import PagedSizes
@@ -22,6 +28,11 @@ _MOST_DECODE_ROWS = 64  # rows of a decode tile
 _SPECULATIVE_TOKENS = 4  # tokens a sequence that a decode tile beside prefill tiles makes room for
 _SHORT_TOKENS = 16  # tokens a sequence below which most of a batch is decoding, one token or a few at a time
 _FULL_WAVES = 3  # programs a multiprocessor that large prefill tiles must make: fewer leave it idle at the end
+_LONG_ROWS = 512  # rows a sequence that make the larger prefill tile better also where its keys will be split
+_SHARES_PER_PROGRAM = 3  # of decoding beside prefilling: how evenly both end
+_MIN_DECODE_TILES = 2  # of keys in a split
+_SIDE_BYTES = 20 << 10  # of shared memory that a decode loop takes beside its tiles, with every feature
+_PREFILL_SIDE_BYTES = 2 << 10  # likewise of a prefill loop, beside its weights
 _MIN_PREFILL_TILES = 16  # of keys in a split: fewer are not worth writing partial results of many rows
 
 
@@ -70,22 +81,52 @@ def prefill_tile(sizes: PagedSizes, cache_dtype: Any, device: Device) -> TileSha
     widest = _widest(sizes)
     rows = sizes.num_tokens * sizes.group_size
     if widest <= 128:
-        fills_device = rows // 128 * sizes.num_kv_heads >= _FULL_WAVES * device.num_sms
+        programs = rows // 128 * sizes.num_kv_heads
+        fills_device = programs >= _FULL_WAVES * device.num_sms
+        is_long_chunk = rows >= _LONG_ROWS * sizes.num_seqs and programs <= device.num_sms
         is_speculative = sizes.num_seqs > 1 and not _overlaps(sizes)
         if is_speculative:  # leaves shared memory for as many programs as decode tiles want
             tile = TileShape(64, 32, 4, 2)
         else:
-            tile = TileShape(128, 64, 8, 3) if fills_device else TileShape(64, 64, 4, 2)
+            tile = TileShape(128, 64, 8, 3) if fills_device or is_long_chunk else TileShape(64, 64, 4, 2)
     elif widest <= 256:
         tile = TileShape(128, 32, 8, 2)
     else:
         tile = TileShape(64, 32, 8, 2)
-    query_bytes = tile.block_m * padded_head_dim(sizes.head_dim) * 2
-    while tile.num_stages > 1 and device.shared_memory < query_bytes + _pipeline_bytes(
-        sizes, cache_dtype, tile.block_n, min(3, tile.num_stages + 1)
-    ):
+    if widest <= 128 and device.shared_memory < _prefill_bytes(tile, sizes, cache_dtype):
+        tile = TileShape(64, min(64, tile.block_n), 4, 2)
+    while tile.num_stages > 1 and device.shared_memory < _prefill_bytes(tile, sizes, cache_dtype):
         tile = dataclasses.replace(tile, num_stages=tile.num_stages - 1)
+    return _narrowed(tile, sizes, cache_dtype, device)
+
+
+def _prefill_bytes(tile: TileShape, sizes: PagedSizes, cache_dtype: Any) -> int:
+    """Shared memory of a prefill tile in 16 bits: queries, the K and V tiles in flight, and weights with every feature.
+
+    Three stages are two tiles in flight, one of page ids; so are two, where products run asynchronously.
+    """
+    queries = tile.block_m * padded_head_dim(sizes.head_dim) * 2
+    keys = _pipeline_bytes(sizes, cache_dtype, tile.block_n, min(3, tile.num_stages + 1))
+    return queries + keys + tile.block_m * tile.block_n * 2 + _PREFILL_SIDE_BYTES
+
+
+def _narrowed(tile: TileShape, sizes: PagedSizes, cache_dtype: Any, device: Device) -> TileShape:
+    """`tile` with as many rows as fit without a pipeline, where K and V take turns in shared memory."""
+    row_bytes = (padded_head_dim(sizes.head_dim) + tile.block_n) * 2
+    key_bytes = tile.block_n * _widest(sizes) * np.dtype(cache_dtype).itemsize + _PREFILL_SIDE_BYTES
+    while tile.block_m > 16 and tile.block_m * row_bytes + key_bytes > device.shared_memory:
+        tile = dataclasses.replace(tile, block_m=tile.block_m // 2)
     return tile
+
+
+def _deep_stages(tile: TileShape, sizes: PagedSizes, cache_dtype: Any, device: Device) -> int:
+    """Stages of decoding beside prefilling: five, or as many as fit; one of them holds page ids."""
+    num_stages = 5
+    while num_stages > 1 and device.shared_memory < _SIDE_BYTES + _pipeline_bytes(
+        sizes, cache_dtype, tile.block_n, num_stages - 1
+    ):
+        num_stages -= 1
+    return num_stages
 
 
 def page_attention_config(sizes: PagedSizes, query_dtype: Any, cache_dtype: Any, device: Device) -> PageAttentionConfig:
@@ -94,7 +135,7 @@ def page_attention_config(sizes: PagedSizes, query_dtype: Any, cache_dtype: Any,
     return PageAttentionConfig(
         **dataclasses.asdict(tile),
         programs_per_sm=_decode_programs_per_sm(tile),
-        min_tiles_per_split=2,
+        min_tiles_per_split=_MIN_DECODE_TILES,
         skip_masks=False,
     )
 
@@ -102,6 +143,51 @@ def page_attention_config(sizes: PagedSizes, query_dtype: Any, cache_dtype: Any,
 def page_attention_launches(cfg: PageAttentionConfig) -> Launches:
     """How page attention runs every sequence; a `num_splits` that is open balances the batch."""
     return ((_row_class(cfg, num_splits=cfg.num_splits or 0),),)
+
+
+def ragged_decode_attention_config(
+    sizes: PagedSizes, query_dtype: Any, cache_dtype: Any, device: Device
+) -> RaggedDecodeAttentionConfig:
+    """Tile shape of ragged decode attention, as for page attention."""
+    tile = decode_tile(sizes, sizes.group_size, query_dtype, cache_dtype, device)
+    return RaggedDecodeAttentionConfig(
+        FwdParams(
+            blocksize_heads=tile.block_m,
+            kv_blocksize=tile.block_n,
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+            skip_masks=False,
+        )
+    )
+
+
+def ragged_decode_attention_launches(cfg: RaggedDecodeAttentionConfig) -> Launches:
+    """How ragged decode attention runs every row; a `num_key_splits` that is open balances the batch."""
+    tile, params = _ragged_tile(cfg), _params(cfg)
+    rows = RowClass(
+        **dataclasses.asdict(tile),
+        skip_masks=bool(params.skip_masks),
+        programs_per_sm=_decode_programs_per_sm(tile),
+        min_tiles=_MIN_DECODE_TILES,
+        num_splits=params.num_key_splits or 0,
+    )
+    return ((rows,),)
+
+
+def _params(cfg: RaggedDecodeAttentionConfig) -> FwdParams:
+    if cfg.fwd_params is None:
+        raise TypeError("a configuration has open fields, expected every field to be chosen")
+    return cfg.fwd_params
+
+
+def _ragged_tile(cfg: RaggedDecodeAttentionConfig) -> TileShape:
+    params = _params(cfg)
+    return TileShape(
+        block_m=_given(params.blocksize_heads),
+        block_n=_given(params.kv_blocksize),
+        num_warps=_given(params.num_warps),
+        num_stages=_given(params.num_stages),
+    )
 
 
 def prefill_page_attention_config(
@@ -114,7 +200,7 @@ def prefill_page_attention_config(
         return PrefillPageAttentionConfig(
             **dataclasses.asdict(tile),
             programs_per_sm=_decode_programs_per_sm(tile),
-            min_tiles_per_split=2,
+            min_tiles_per_split=_MIN_DECODE_TILES,
             skip_masks=False,
         )
     tile = prefill_tile(sizes, cache_dtype, device)
@@ -128,11 +214,11 @@ def prefill_page_attention_config(
 
 def prefill_page_attention_launches(cfg: PrefillPageAttentionConfig, sizes: PagedSizes, device: Device) -> Launches:
     """How a chunk runs: its keys are divided where its row tiles alone would not fill the device."""
-    rows = _row_class(cfg, num_splits=cfg.num_splits or 0, is_persistent=cfg.skip_masks is not True)
+    rows = _row_class(cfg, num_splits=cfg.num_splits or 0)
     return ((_undivided_if_full(rows, sizes, sizes.num_tokens * sizes.group_size, device),),)
 
 
-def _row_class(cfg: Any, *, num_splits: int, is_persistent: bool = True) -> RowClass:
+def _row_class(cfg: Any, *, num_splits: int) -> RowClass:
     return RowClass(
         block_m=cfg.block_m,
         block_n=cfg.block_n,
@@ -142,7 +228,6 @@ def _row_class(cfg: Any, *, num_splits: int, is_persistent: bool = True) -> RowC
         programs_per_sm=cfg.programs_per_sm,
         min_tiles=cfg.min_tiles_per_split,
         num_splits=num_splits,
-        is_persistent=is_persistent,
     )
 
 
@@ -166,10 +251,10 @@ def unified_attention_config(
         skip_masks=True,
         decode_block_m=decode.block_m,
         decode_block_n=decode.block_n,
-        decode_num_stages=5 if overlaps else decode.num_stages,
+        decode_num_stages=_deep_stages(decode, sizes, cache_dtype, device) if overlaps else decode.num_stages,
         programs_per_sm=_prefill_programs_per_sm(sizes),
         decode_programs_per_sm=1 if overlaps or wide else _decode_programs_per_sm(decode),
-        min_tiles_per_split=2,
+        min_tiles_per_split=_MIN_DECODE_TILES,
     )
 
 
@@ -210,7 +295,6 @@ def unified_attention_launches(
         programs_per_sm=_given(cfg.programs_per_sm),
         min_tiles=_MIN_PREFILL_TILES,
         num_splits=num_splits,
-        is_persistent=False,
     )
     if sizes.num_seqs == 1:
         return ((_undivided_if_full(prefill, sizes, num_rows, device),),)
@@ -218,7 +302,7 @@ def unified_attention_launches(
     prefill = _undivided_if_full(prefill, sizes, num_rows - sizes.num_seqs * decode.block_m, device)
     prefill = dataclasses.replace(prefill, fewest_rows=decode.block_m + 1)
     if _overlaps(sizes):
-        return ((dataclasses.replace(decode, takes_tickets=True), prefill),)
+        return ((dataclasses.replace(decode, shares_per_program=_SHARES_PER_PROGRAM), prefill),)
     return ((decode, dataclasses.replace(prefill, num_splits=prefill.num_splits or 1)),)
 
 
@@ -266,6 +350,29 @@ def page_attention_candidates(
     return _fitting(candidates, lambda cfg: _decode_bytes(sizes, cache_dtype, cfg), device)
 
 
+def ragged_decode_attention_candidates(
+    sizes: PagedSizes, cache_dtype: Any, heuristic: Any, device: Device
+) -> tuple[RaggedDecodeAttentionConfig, ...]:
+    """Configurations worth timing, as for page attention."""
+    params = heuristic.fwd_params
+    variations: tuple[dict[str, Any], ...] = (
+        {},
+        {"num_stages": params.num_stages + 1},
+        {"num_stages": params.num_stages + 2},
+        {"num_warps": 2},
+        {"blocksize_heads": max(16, params.blocksize_heads)},
+        {"blocksize_heads": max(16, params.blocksize_heads), "num_warps": 2},
+        {"kv_blocksize": 2 * params.kv_blocksize},
+        {"kv_blocksize": max(16, params.kv_blocksize // 2)},
+        {"skip_masks": not params.skip_masks},
+        {"num_key_splits": 1},
+    )
+    candidates = (
+        dataclasses.replace(heuristic, fwd_params=dataclasses.replace(params, **changes)) for changes in variations
+    )
+    return _fitting(candidates, lambda cfg: _decode_bytes(sizes, cache_dtype, _ragged_tile(cfg)), device)
+
+
 def prefill_page_attention_candidates(
     sizes: PagedSizes, cache_dtype: Any, heuristic: Any, device: Device
 ) -> tuple[PrefillPageAttentionConfig, ...]:
@@ -286,7 +393,12 @@ def unified_attention_candidates(
         {"seq_threshold_3d": 0},
     )
     candidates = (dataclasses.replace(heuristic, **changes) for changes in variations)
-    return _fitting(candidates, lambda cfg: _tile_bytes(sizes, cache_dtype, cfg), device)
+
+    def shared_bytes(cfg: Any) -> int:
+        decode = _pipeline_bytes(sizes, cache_dtype, cfg.decode_block_n, cfg.decode_num_stages - 1)
+        return max(decode, _tile_bytes(sizes, cache_dtype, cfg))
+
+    return _fitting(candidates, shared_bytes, device)
 
 
 def _prefill_variations(heuristic: Any) -> tuple[dict[str, Any], ...]:

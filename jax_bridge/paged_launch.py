@@ -19,8 +19,9 @@ _MAX_HEAD_DIM = 512
 _MAX_BLOCK_S = 1024  # segments that a program counts at once in its schedule
 _REGISTERS_PER_SM, _MOST_REGISTERS = 65_536, 255
 _FEWEST_REGISTERS = 128  # with fewer the loop over tiles spills
-_FEWEST_REGISTERS_WIDE = 168  # likewise for head dims above 128, and for decoding with a soft cap or ALiBi
+_FEWEST_REGISTERS_WIDE = 168  # likewise for head dims above 128, and for decoding with an exact soft cap or ALiBi
 _MAX_REDUCE_ELEMENTS = 8192  # float32 partials that a reducing program holds: 64 registers a thread
+_MOST_REDUCE_ELEMENTS = 2 * _MAX_REDUCE_ELEMENTS  # of a single row with many splits; more than that spills
 # Triton's wgmma has read past tiles with narrower rows (triton#10573, #11366); 3.9 is not known to be free of it.
 _NARROWEST_WGMMA_TILE, _WGMMA_ROWS = 64, 64
 _MIN_REDUCE_SPLITS = 8
@@ -41,7 +42,7 @@ def lacks(sizes: PagedSizes, cache_dtype: Any) -> str | None:
     """Words for what the paged kernels cannot do on the current device, or None."""
     if max(sizes.head_dim, sizes.value_head_dim) > _MAX_HEAD_DIM:
         return f"head dims above {_MAX_HEAD_DIM} (here {max(sizes.head_dim, sizes.value_head_dim)})"
-    if cache_dtype == jnp.float8_e4m3fn and not interpreting() and current_device().compute_capability < 89:
+    if cache_dtype == jnp.float8_e4m3fn and not interpreting() and not current_device().converts_e4m3:
         return "float8_e4m3fn caches before compute capability 8.9"
     return None
 
@@ -84,10 +85,10 @@ class RowClass:
         programs_per_sm: programs a streaming multiprocessor that the balanced schedule reckons with.
         min_tiles: tiles of keys below which a sequence is not divided further.
         num_splits: pieces that the keys of every row tile are divided into; 0 lets the kernel balance the batch.
-        is_persistent: whether the programs that run at once walk all work items, or each program does one.
         fewest_rows: rows of the shortest sequences that belong here.
         most_rows: rows of the longest ones.
-        takes_tickets: whether programs that walk all items take the next one from a counter, or go at a stride.
+        shares_per_program: shares that programs take one after another from a counter; 0 gives each program one share
+            and needs no counter.
     """
 
     block_m: int
@@ -98,10 +99,9 @@ class RowClass:
     programs_per_sm: int
     min_tiles: int
     num_splits: int = 0
-    is_persistent: bool = True
     fewest_rows: int = 1
     most_rows: int = ANY_ROWS
-    takes_tickets: bool = False
+    shares_per_program: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,15 +112,24 @@ class Work:
         row_tiles: tiles of rows.
         key_tiles: tiles of keys that a row tile spans.
         splits: splits of a row tile.
-        items: splits of all row tiles.
-        capacity: items that the GPU runs at once.
+        is_forced: whether every row tile has so many, or fewer if it has fewer KV tiles.
+        shares: shares of all row tiles.
+        programs: programs a KV head that do them.
     """
 
     row_tiles: int
     key_tiles: int
     splits: int
-    items: int
-    capacity: int
+    is_forced: bool
+    shares: int
+    programs: int
+
+    @property
+    def partials(self) -> int:
+        """Partial results a KV head."""
+        if self.splits == 1:
+            return 0
+        return self.shares if self.is_forced else 2 * self.shares
 
 
 def work_bounds(rows: RowClass, sizes: PagedSizes, is_packed: bool, longest: int, device: Device) -> Work:
@@ -131,13 +140,21 @@ def work_bounds(rows: RowClass, sizes: PagedSizes, is_packed: bool, longest: int
     row_tiles = min(total_rows // rows.block_m + segments, segments * math.ceil(most_rows / rows.block_m))
     key_tiles = max(1, math.ceil(longest / rows.block_n))
     programs = max(1, device.num_sms * rows.programs_per_sm // sizes.num_kv_heads)
-    if rows.num_splits:
-        splits = min(rows.num_splits, key_tiles)
-        items = row_tiles * splits
+    if is_forced := rows.num_splits > 0 or key_tiles <= rows.min_tiles:
+        splits = min(max(1, rows.num_splits), key_tiles)
+        shares = row_tiles * splits
     else:
-        splits = min(math.ceil(key_tiles / rows.min_tiles), 2 * programs + 1)
-        items = min(row_tiles * splits, row_tiles + 2 * programs)
-    return Work(row_tiles, key_tiles, splits, items, max(1, min(items, programs)))
+        programs_or_tickets = programs * max(1, rows.shares_per_program)
+        shares = max(1, min(programs_or_tickets, row_tiles * math.ceil((key_tiles + 1) / rows.min_tiles)))
+        splits = min(key_tiles, shares)
+    return Work(
+        row_tiles=row_tiles,
+        key_tiles=key_tiles,
+        splits=splits,
+        is_forced=is_forced,
+        shares=shares,
+        programs=min(shares, programs) if rows.shares_per_program else shares,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,6 +169,7 @@ class PagedCall:
         device: The GPU to launch for.
         is_causal: Whether rows see no later keys where the options have no window.
         max_keys: A bound on the lengths below that of the page table.
+        begins: First key of each sequence, int32 `[S]`; needs a token a sequence. None lets all begin at 0.
     """
 
     operation: str
@@ -161,6 +179,7 @@ class PagedCall:
     device: Device
     is_causal: bool = True
     max_keys: int | None = None
+    begins: jax.Array | None = None
 
     def attend(self, launches: Sequence[Sequence[RowClass]]) -> tuple[jax.Array, jax.Array | None]:
         """Launches paged attention.
@@ -183,27 +202,31 @@ class PagedCall:
         num_slots, partial_rows = 0, 0
         for rows in classes:
             work = work_bounds(rows, self.sizes, self._is_packed, self._longest_span(rows), self.device)
-            schedule = self._schedule(rows, work, first_partial=math.ceil(partial_rows / rows.block_m))
+            schedule = self._schedule(
+                rows, work, first_partial=math.ceil(partial_rows / (rows.block_m * self.sizes.num_kv_heads))
+            )
             tiles.append(self._tile(rows))
             schedules.append(schedule)
             works.append(work)
             num_slots += schedule.num_slots
             if work.splits > 1:
-                partial_rows = (schedule.first_partial + work.items * self.sizes.num_kv_heads) * rows.block_m
+                partial_rows = (schedule.first_partial + work.partials) * self.sizes.num_kv_heads * rows.block_m
         constants = self._constants()
         if len(classes) == 1:
             kernel = kernels("paged_attention").paged_attention_kernel
             specialised = {"TILE": tiles[0], "SCHEDULE": schedules[0]}
+            operands = {**self.operands, "begins_ptr": self.begins}
         else:
             kernel = kernels("paged_attention").mixed_paged_attention_kernel
             specialised = {"FEW_TILE": tiles[0], "FEW_SCHEDULE": schedules[0]}
             specialised |= {"MANY_TILE": tiles[1], "MANY_SCHEDULE": schedules[1]}
+            operands = dict(self.operands)
         answers = self._answers()
         partials = {
             "partial_out_ptr": Output((partial_rows, self.sizes.value_head_dim), jnp.float32),
             "partial_lse_ptr": Output((partial_rows,), jnp.float32),
         }
-        takes_tickets = schedules[0].is_persistent and classes[0].takes_tickets
+        takes_tickets = classes[0].shares_per_program > 0
         if takes_tickets and len(classes) == 2:
             num_slots += schedules[0].num_slots  # programs for few rows come first and last
         updated = {"ticket_ptr": jnp.zeros(1, jnp.int32) if takes_tickets else None}
@@ -215,7 +238,7 @@ class PagedCall:
                 **({} if earlier else answers),
                 **(partials if partial_rows else dict.fromkeys(partials)),
             },
-            operands=self.operands,
+            operands=operands,
             updated=updated,
             constants=constants | specialised,
             num_programs=num_slots * self.sizes.num_kv_heads,
@@ -245,6 +268,7 @@ class PagedCall:
             outputs={},
             operands={
                 **{name: self.operands[name] for name in ("starts_ptr", "lens_ptr", "sink_ptr", "v_scale_ptr")},
+                "begins_ptr": self.begins,
                 "partial_out_ptr": results["partial_out_ptr"],
                 "partial_lse_ptr": results["partial_lse_ptr"],
             },
@@ -266,8 +290,9 @@ class PagedCall:
     def _max_registers(self, classes: Sequence[RowClass], num_warps: int) -> int | None:
         """Registers a thread with which all programs planned for fit a multiprocessor; None for no limit."""
         widest = padded_head_dim(max(self.sizes.head_dim, self.sizes.value_head_dim))
-        decodes = all(rows.is_persistent for rows in classes)
-        is_plain = self.options.soft_cap is None and self.operands["alibi_ptr"] is None
+        decodes = not any(rows.skip_masks for rows in classes)
+        caps_exactly = self.options.soft_cap is not None and self.operands["q_ptr"].dtype == jnp.float32
+        is_plain = not caps_exactly and self.operands["alibi_ptr"] is None
         fewest = _FEWEST_REGISTERS if widest <= 128 and (is_plain or not decodes) else _FEWEST_REGISTERS_WIDE
         threads = num_warps * 32 * max(rows.programs_per_sm for rows in classes)
         registers = max(fewest, _REGISTERS_PER_SM // threads // 8 * 8)
@@ -319,21 +344,26 @@ class PagedCall:
         )
 
     def _schedule(self, rows: RowClass, work: Work, first_partial: int) -> Any:
-        is_persistent = rows.is_persistent and work.splits > 1
         return kernels("specialization").Schedule(
             fewest_rows=rows.fewest_rows,
             most_rows=rows.most_rows,
             max_keys=self._longest,
-            num_splits=1 if work.splits == 1 else rows.num_splits,
-            capacity=work.capacity,
-            most_items=work.items,
-            num_slots=work.capacity if is_persistent else work.items,
-            is_persistent=is_persistent,
+            num_splits=work.splits if work.is_forced else 0,
+            num_shares=work.shares,
+            num_slots=work.programs,
             min_tiles=rows.min_tiles,
             most_tiles=work.key_tiles,
             block_s=min(_MAX_BLOCK_S, next_power_of_two(self._num_segments)),
+            most_work=self._most_work(rows, work),
             first_partial=first_partial,
         )
+
+    def _most_work(self, rows: RowClass, work: Work) -> int:
+        """Tiles or splits of all row tiles at most, though every segment may claim every token."""
+        tokens = self.sizes.num_tokens if self._is_packed else 1
+        row_tiles = self._num_segments * math.ceil(tokens * self.sizes.group_size / rows.block_m)
+        work_each = work.splits if work.is_forced else work.key_tiles + rows.min_tiles
+        return (row_tiles + work.shares) * work_each
 
     def _constants(self) -> dict[str, Any]:
         """What every kernel of the call is specialised for."""
@@ -367,12 +397,12 @@ class PagedCall:
 def reduce_blocks(work: Work, sizes: PagedSizes, tile: Any, device: Device) -> tuple[int, int]:
     """Rows and splits that one program of the reduction holds at once.
 
-    A batch of equal lengths has `capacity / row_tiles` splits a row tile; twice as many are loaded in one go, and some
+    A batch of equal lengths has `shares / row_tiles` splits a row tile; twice as many are loaded in one go, and some
     more for the one long sequence among short ones. More rows than one are taken where the programs would otherwise be
     too many for the SMs.
     """
-    expected_splits = max(_MIN_REDUCE_SPLITS, 2 * work.capacity // work.row_tiles)
-    block_splits = min(64, next_power_of_two(min(work.splits, expected_splits)))
+    expected_splits = max(_MIN_REDUCE_SPLITS, 2 * work.shares // work.row_tiles)
+    block_splits = min(64, _MOST_REDUCE_ELEMENTS // tile.block_dv, next_power_of_two(min(work.splits, expected_splits)))
     fitting = max(1, _MAX_REDUCE_ELEMENTS // (tile.block_dv * block_splits))
     for_occupancy = max(1, work.row_tiles * sizes.num_q_heads // (4 * device.num_sms))
     rows = min(fitting, for_occupancy, tile.block_m)

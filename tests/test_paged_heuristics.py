@@ -74,10 +74,10 @@ def test_one_sequence(num_tokens: int, is_decoding: bool) -> None:
 
 @pytest.mark.parametrize("more", [-1, 0, 1])
 def test_decoding_leaves_room_where_much_is_prefilling(more: int) -> None:
-    """Then its programs take tickets beside prefilling ones; else they walk their items first."""
+    """Then its programs take share after share beside prefilling ones; else each has one, and they go first."""
     few, many = unified(sizes(8, 8 * heuristics._SHORT_TOKENS + more))
-    assert few.takes_tickets == (more >= 0)
-    assert not many.takes_tickets
+    assert (few.shares_per_program > 0) == (more >= 0)
+    assert many.shares_per_program == 0
 
 
 @pytest.mark.parametrize(("threshold", "num_splits"), [(None, 5), (8, 5), (7, 1), (0, 1)])
@@ -99,6 +99,12 @@ def test_keys_of_a_chunk_are_divided_where_its_rows_leave_the_device_idle() -> N
 def test_chunks_of_few_rows_take_a_decode_tile(num_tokens: int, is_prefill_tile: bool) -> None:
     cfg = heuristics.prefill_page_attention_config(sizes(1, num_tokens), "bfloat16", "bfloat16", H100)
     assert cfg.skip_masks == is_prefill_tile
+
+
+@pytest.mark.parametrize(("tokens", "block_m"), [(127, 64), (128, 128)])
+def test_long_chunks_take_the_larger_tile(tokens: int, block_m: int) -> None:
+    cfg = heuristics.prefill_page_attention_config(sizes(1, tokens), "bfloat16", "bfloat16", H100)
+    assert cfg.block_m == block_m
 
 
 def _bytes(call: PagedSizes, itemsize: int, rows: int, keys: int, tiles: int) -> int:
@@ -125,7 +131,9 @@ def test_tiles_fit_shared_memory_everywhere(device: str, cache_dtype: str) -> No
         assert _bytes(call, itemsize, 16, decode.block_n, decode.num_stages - 1) <= chip.shared_memory
 
 
-@pytest.mark.parametrize("operation", ["unified_attention", "prefill_page_attention", "page_attention"])
+@pytest.mark.parametrize(
+    "operation", ["unified_attention", "prefill_page_attention", "page_attention", "ragged_decode_attention"]
+)
 def test_candidates_are_distinct_complete_and_begin_with_the_heuristic(operation: str) -> None:
     call = sizes(4, 100) if operation == "unified_attention" else sizes(1, 100)
     heuristic = getattr(heuristics, f"{operation}_config")(call, "bfloat16", "bfloat16", H100)
@@ -134,12 +142,15 @@ def test_candidates_are_distinct_complete_and_begin_with_the_heuristic(operation
     assert len(set(candidates)) == len(candidates) > 3
 
 
-@pytest.mark.parametrize("operation", ["unified_attention", "prefill_page_attention", "page_attention"])
+@pytest.mark.parametrize(
+    "operation", ["unified_attention", "prefill_page_attention", "page_attention", "ragged_decode_attention"]
+)
 def test_heuristics_choose_every_field_that_needs_a_value(operation: str) -> None:
     call = sizes(4, 100) if operation == "unified_attention" else sizes(1, 100)
     for dtype in ("float32", "float16"):
         cfg = getattr(heuristics, f"{operation}_config")(call, dtype, dtype, H100)
-        free = {"num_splits", "seq_threshold_3d", "num_par_softmax_segments"}
+        free = {"num_splits", "seq_threshold_3d", "num_par_softmax_segments", "num_key_splits"}
+        cfg = getattr(cfg, "fwd_params", cfg)
         assert all(getattr(cfg, field.name) is not None for field in dataclasses.fields(cfg) if field.name not in free)
 
 

@@ -6,6 +6,7 @@ import triton.language as tl
 from triton_kernels.online_softmax import online_softmax
 from triton_kernels.pages import key_offsets, load_page_ids, load_tile
 from triton_kernels.scores import LOG2_E, alibi, hide, qq_bias, soft_cap
+from triton_kernels.segments import hide_other_segments
 
 
 @triton.jit
@@ -15,7 +16,7 @@ def attend(
     end,
     k_ptr,
     v_ptr,
-    table_ptr,
+    table_ptr,  # [MP], or None: the keys follow one another
     key_begin,
     key_end,
     whole_begin,
@@ -30,12 +31,14 @@ def attend(
     CACHE: tl.constexpr,
     SCORING: tl.constexpr,
     TILE: tl.constexpr,
+    row_segments=None,  # [BLOCK_M] or None
+    key_segment_ptr=None,  # [K] or None
 ):
     """Attention of a tile of rows over the keys in `[begin, end)`, both multiples of BLOCK_N, or the end of the keys.
 
     `[key_begin, key_end)` are the keys that any row may see: no other is loaded. Every row sees all of
     `[whole_begin, whole_end)`: the scores of tiles inside need no mask. `context` is the position of the sequence's
-    first row.
+    first row. With segments a row sees keys of its own segment only; keys of negative segments are not loaded.
     Returns the row state: maximum (base 2), sum, accumulator.
     """
     # A pipeline of two stages asks for page ids one tile ahead by itself, through a carried variable: else the address
@@ -52,6 +55,9 @@ def attend(
             page_ids = load_page_ids(table_ptr, start, key_begin, key_end, CACHE, TILE.block_n)
         keys = start + lanes
         in_range = (keys >= key_begin) & (keys < key_end)
+        if key_segment_ptr is not None:
+            key_segments = tl.load(key_segment_ptr + keys, mask=in_range, other=-1)
+            in_range = in_range & (key_segments >= 0)
         k_offsets = key_offsets(
             page_ids, start, CACHE.k_page_stride, CACHE.k_token_stride, CACHE.page_size, TILE.block_n
         )
@@ -71,7 +77,7 @@ def attend(
             if SCORING.soft_cap is None:
                 scores = scores * (score_scale * LOG2_E)
             else:
-                scores = soft_cap(scores, score_scale, SCORING.soft_cap)
+                scores = soft_cap(scores, score_scale, SCORING.soft_cap, q.dtype == tl.float32)
             if slopes is not None:
                 scores += alibi(slopes, keys, row_positions) * LOG2_E
             if qq_bias_ptr is not None:
@@ -81,6 +87,8 @@ def attend(
                 scores = hide(scores, keys, row_begin, row_end)
         else:
             scores = hide(scores, keys, row_begin, row_end)
+        if key_segment_ptr is not None:
+            scores = hide_other_segments(scores, key_segments, row_segments)
         weights, rescale, row_max, row_sum = online_softmax(scores, unit, row_max, row_sum)
         acc = tl.dot(weights.to(q.dtype), v.to(q.dtype), acc * rescale[:, None], input_precision="ieee")
     return row_max, row_sum, acc

@@ -1,4 +1,4 @@
-"""Attention over pages: decoding, prefilling and any mix of both, with or without splits of the keys.
+"""Attention over pages or dense rows: decoding, prefilling and any mix, with or without splits of the keys.
 
 The query heads of a KV head are packed with the tokens of a sequence as the rows of a tile. A program takes a tile of
 rows of one KV head and a range of keys: all keys that the rows see, and the output is written (v1, the 2D grid); or a
@@ -14,14 +14,13 @@ import triton.language as tl
 from triton_kernels.attend import attend
 from triton_kernels.online_softmax import store_rows
 from triton_kernels.pages import clamp
-from triton_kernels.rows import unpack_rows, visible_keys
+from triton_kernels.rows import keys_of_rows, unpack_rows, visible_keys
 from triton_kernels.schedule import (
-    count_items,
-    count_splits,
-    count_tiles,
-    find_segment,
+    find_row_tile,
+    measure_shares,
+    partial_number,
+    shares_of,
     split_begin,
-    tile_quota,
     tile_range,
 )
 from triton_kernels.scores import LOG2_E
@@ -29,29 +28,22 @@ from triton_kernels.split_reduce import store_partial
 
 
 @triton.jit
-def attend_item(
-    item,
-    items_before,
+def attend_row_tile(
     segment,
     first_token,
     num_tokens,
+    first_key,
     num_keys,
-    quota,
+    first_row,
+    begin,
+    share,
+    first_share,
+    num_splits,
+    share_length,
     kv_head,
-    q_ptr,
-    k_ptr,
-    v_ptr,
     starts_ptr,
-    table_ptr,
-    alibi_ptr,
-    qq_bias_ptr,
-    sink_ptr,
-    k_scale_ptr,
-    v_scale_ptr,
-    out_ptr,
-    lse_ptr,
-    partial_out_ptr,
-    partial_lse_ptr,
+    begins_ptr,
+    arrays,
     K_SCALE_STRIDE: tl.constexpr,
     V_SCALE_STRIDE: tl.constexpr,
     QUERIES: tl.constexpr,
@@ -60,13 +52,22 @@ def attend_item(
     TILE: tl.constexpr,
     SCHEDULE: tl.constexpr,
 ):
-    """Do a work item for one KV head: write its rows, or its partial result where the keys are split."""
-    row_tiles, key_tiles = count_tiles(num_tokens, num_keys, QUERIES, SCORING, TILE, SCHEDULE)
-    num_splits = count_splits(key_tiles, quota, SCHEDULE)
-    row_tile = row_tiles - 1 - (item - items_before) // num_splits  # the last rows see most keys: they come first
-    split = (item - items_before) % num_splits
-
-    first_row = row_tile * TILE.block_m
+    """Do the part of `share` in a row tile: write its rows, or a partial result where other shares have a part."""
+    (
+        q_ptr,
+        k_ptr,
+        v_ptr,
+        table_ptr,
+        alibi_ptr,
+        qq_bias_ptr,
+        sink_ptr,
+        k_scale_ptr,
+        v_scale_ptr,
+        out_ptr,
+        lse_ptr,
+        partial_out_ptr,
+        partial_lse_ptr,
+    ) = arrays
     rows = first_row + tl.arange(0, TILE.block_m)
     tokens, heads, out_rows, row_mask = unpack_rows(rows, first_row, kv_head, num_tokens, QUERIES)
     # Pointers move to the tile's first token in 64 bits, so that 32 are enough for each row.
@@ -87,14 +88,14 @@ def attend_item(
         context + first_row // QUERIES.group_size, context + last_token, num_keys, SCORING
     )
     positions = context + tokens
-    row_begin, row_end = tl.zeros_like(positions), tl.zeros_like(positions) + num_keys
-    if SCORING.window_left is not None:
-        row_begin = positions - SCORING.window_left
-    if SCORING.window_right == 0:
-        row_end = positions + 1
-    elif SCORING.window_right is not None:
-        row_end = tl.minimum(positions + (SCORING.window_right + 1), num_keys)
+    row_begin, row_end = keys_of_rows(positions, num_keys, SCORING)
+    if begins_ptr is not None:
+        key_begin = tl.maximum(key_begin, first_key)
+        whole_begin = tl.maximum(whole_begin, first_key)
+        row_begin = tl.maximum(row_begin, first_key)
     first_tile, tiles = tile_range(key_begin, key_end, TILE.block_n)
+    tile_begin = split_begin(share, first_share, num_splits, begin, share_length, tiles, SCHEDULE)
+    tile_end = split_begin(share + 1, first_share, num_splits, begin, share_length, tiles, SCHEDULE)
 
     score_scale = SCORING.softmax_scale * (LOG2_E if SCORING.scale_is_folded else 1.0)
     if k_scale_ptr is not None:
@@ -106,13 +107,22 @@ def attend_item(
         sequence = segment
     else:
         sequence = clamp(segment - 1, 0, QUERIES.num_seqs - 1)
+    split_begin_key = (first_tile + tile_begin) * TILE.block_n
+    split_end_key = (first_tile + tile_end) * TILE.block_n
+    k_ptr += kv_head.to(tl.int64) * CACHE.k_head_stride
+    v_ptr += kv_head.to(tl.int64) * CACHE.v_head_stride
+    if table_ptr is None:  # the keys of a sequence are a page of their own
+        k_ptr += sequence.to(tl.int64) * CACHE.k_page_stride
+        v_ptr += sequence.to(tl.int64) * CACHE.v_page_stride
+    else:
+        table_ptr += sequence.to(tl.int64) * CACHE.table_width
     row_max, row_sum, acc = attend(
         q,
-        (first_tile + split_begin(split, tiles, num_splits)) * TILE.block_n,
-        (first_tile + split_begin(split + 1, tiles, num_splits)) * TILE.block_n,
-        k_ptr + kv_head.to(tl.int64) * CACHE.k_head_stride,
-        v_ptr + kv_head.to(tl.int64) * CACHE.v_head_stride,
-        table_ptr + sequence.to(tl.int64) * CACHE.table_width,
+        split_begin_key,
+        split_end_key,
+        k_ptr,
+        v_ptr,
+        table_ptr,
         key_begin,
         key_end,
         whole_begin,
@@ -150,13 +160,132 @@ def attend_item(
             row_max,
             row_sum,
             acc,
-            SCHEDULE.first_partial + item * QUERIES.num_kv_heads + kv_head,
+            partial_number(share, first_share, SCHEDULE) * QUERIES.num_kv_heads + kv_head,
             row_mask,
             partial_out_ptr,
             partial_lse_ptr,
             CACHE.value_head_dim,
             TILE.block_m,
             TILE.block_dv,
+        )
+
+
+@triton.jit
+def attend_next(
+    position,
+    share,
+    share_length,
+    cost,
+    kv_head,
+    starts_ptr,
+    lens_ptr,
+    begins_ptr,
+    arrays,
+    K_SCALE_STRIDE: tl.constexpr,
+    V_SCALE_STRIDE: tl.constexpr,
+    QUERIES: tl.constexpr,
+    CACHE: tl.constexpr,
+    SCORING: tl.constexpr,
+    TILE: tl.constexpr,
+    SCHEDULE: tl.constexpr,
+):
+    """Do the part of `share` in the first row tile whose keys end after `position` on the line, if it has one.
+
+    Returns where the share may go on: no later row tile has a KV tile before.
+    """
+    segment, first_token, num_tokens, first_key, num_keys, first_row, begin, end = find_row_tile(
+        position, cost, starts_ptr, lens_ptr, begins_ptr, QUERIES, SCORING, TILE, SCHEDULE, BY_NUMBER=False
+    )
+    first_share, last_share = shares_of(begin, end, share_length, SCHEDULE)
+    done = position + share_length
+    if (segment >= 0) & (first_share <= share):
+        attend_row_tile(
+            segment,
+            first_token,
+            num_tokens,
+            first_key,
+            num_keys,
+            first_row,
+            begin,
+            share,
+            first_share,
+            last_share - first_share + 1,
+            share_length,
+            kv_head,
+            starts_ptr,
+            begins_ptr,
+            arrays,
+            K_SCALE_STRIDE,
+            V_SCALE_STRIDE,
+            QUERIES,
+            CACHE,
+            SCORING,
+            TILE,
+            SCHEDULE,
+        )
+        done = end + cost + (SCHEDULE.unit - 1)
+    return done
+
+
+@triton.jit
+def attend_share(
+    share,
+    share_length,
+    cost,
+    kv_head,
+    starts_ptr,
+    lens_ptr,
+    begins_ptr,
+    arrays,
+    K_SCALE_STRIDE: tl.constexpr,
+    V_SCALE_STRIDE: tl.constexpr,
+    QUERIES: tl.constexpr,
+    CACHE: tl.constexpr,
+    SCORING: tl.constexpr,
+    TILE: tl.constexpr,
+    SCHEDULE: tl.constexpr,
+):
+    """Do a share of the work for one KV head."""
+    position = share.to(SCHEDULE.line_type) * share_length
+    end = position + share_length
+    if SCHEDULE.is_balanced:
+        while position < end:
+            position = attend_next(
+                position,
+                share,
+                share_length,
+                cost,
+                kv_head,
+                starts_ptr,
+                lens_ptr,
+                begins_ptr,
+                arrays,
+                K_SCALE_STRIDE,
+                V_SCALE_STRIDE,
+                QUERIES,
+                CACHE,
+                SCORING,
+                TILE,
+                SCHEDULE,
+            )
+    else:
+        attend_next(
+            position,
+            share,
+            share_length,
+            cost,
+            kv_head,
+            starts_ptr,
+            lens_ptr,
+            begins_ptr,
+            arrays,
+            K_SCALE_STRIDE,
+            V_SCALE_STRIDE,
+            QUERIES,
+            CACHE,
+            SCORING,
+            TILE,
+            SCHEDULE,
         )
 
 
@@ -170,24 +299,13 @@ def take_ticket(ticket_ptr):
 
 
 @triton.jit
-def attend_items(
+def attend_shares(
     program,
     ticket_ptr,
-    q_ptr,
-    k_ptr,
-    v_ptr,
     starts_ptr,
     lens_ptr,
-    table_ptr,
-    alibi_ptr,
-    qq_bias_ptr,
-    sink_ptr,
-    k_scale_ptr,
-    v_scale_ptr,
-    out_ptr,
-    lse_ptr,
-    partial_out_ptr,
-    partial_lse_ptr,
+    begins_ptr,
+    arrays,
     K_SCALE_STRIDE: tl.constexpr,
     V_SCALE_STRIDE: tl.constexpr,
     QUERIES: tl.constexpr,
@@ -196,39 +314,38 @@ def attend_items(
     TILE: tl.constexpr,
     SCHEDULE: tl.constexpr,
 ):
-    """Do what falls to `program`: what the counter at `ticket_ptr` hands out, items at a stride, or a single one."""
-    quota = tile_quota(starts_ptr, lens_ptr, QUERIES, SCORING, TILE, SCHEDULE)
-    if ticket_ptr is not None:
-        num_items = count_items(quota, starts_ptr, lens_ptr, QUERIES, SCORING, TILE, SCHEDULE)
+    """Do what falls to `program`: the share of its number, or those that the counter at `ticket_ptr` hands out."""
+    share_length, cost = measure_shares(starts_ptr, lens_ptr, begins_ptr, QUERIES, SCORING, TILE, SCHEDULE)
+    if ticket_ptr is None:
+        attend_share(
+            program // QUERIES.num_kv_heads,
+            share_length,
+            cost,
+            program % QUERIES.num_kv_heads,
+            starts_ptr,
+            lens_ptr,
+            begins_ptr,
+            arrays,
+            K_SCALE_STRIDE,
+            V_SCALE_STRIDE,
+            QUERIES,
+            CACHE,
+            SCORING,
+            TILE,
+            SCHEDULE,
+        )
+    else:
         ticket = take_ticket(ticket_ptr)
-        while ticket < num_items * QUERIES.num_kv_heads:
-            item = ticket // QUERIES.num_kv_heads
-            segment, items_before, _, first_token, num_tokens, num_keys = find_segment(
-                item, quota, starts_ptr, lens_ptr, QUERIES, SCORING, TILE, SCHEDULE, True
-            )
-            attend_item(
-                item,
-                items_before,
-                segment,
-                first_token,
-                num_tokens,
-                num_keys,
-                quota,
+        while ticket < SCHEDULE.num_shares * QUERIES.num_kv_heads:
+            attend_share(
+                ticket // QUERIES.num_kv_heads,
+                share_length,
+                cost,
                 ticket % QUERIES.num_kv_heads,
-                q_ptr,
-                k_ptr,
-                v_ptr,
                 starts_ptr,
-                table_ptr,
-                alibi_ptr,
-                qq_bias_ptr,
-                sink_ptr,
-                k_scale_ptr,
-                v_scale_ptr,
-                out_ptr,
-                lse_ptr,
-                partial_out_ptr,
-                partial_lse_ptr,
+                lens_ptr,
+                begins_ptr,
+                arrays,
                 K_SCALE_STRIDE,
                 V_SCALE_STRIDE,
                 QUERIES,
@@ -238,82 +355,6 @@ def attend_items(
                 SCHEDULE,
             )
             ticket = take_ticket(ticket_ptr)
-    else:
-        kv_head = program % QUERIES.num_kv_heads
-        if SCHEDULE.is_persistent:
-            num_items = count_items(quota, starts_ptr, lens_ptr, QUERIES, SCORING, TILE, SCHEDULE)
-            for item in tl.range(program // QUERIES.num_kv_heads, num_items, SCHEDULE.capacity, num_stages=1):
-                segment, items_before, _, first_token, num_tokens, num_keys = find_segment(
-                    item, quota, starts_ptr, lens_ptr, QUERIES, SCORING, TILE, SCHEDULE, True
-                )
-                attend_item(
-                    item,
-                    items_before,
-                    segment,
-                    first_token,
-                    num_tokens,
-                    num_keys,
-                    quota,
-                    kv_head,
-                    q_ptr,
-                    k_ptr,
-                    v_ptr,
-                    starts_ptr,
-                    table_ptr,
-                    alibi_ptr,
-                    qq_bias_ptr,
-                    sink_ptr,
-                    k_scale_ptr,
-                    v_scale_ptr,
-                    out_ptr,
-                    lse_ptr,
-                    partial_out_ptr,
-                    partial_lse_ptr,
-                    K_SCALE_STRIDE,
-                    V_SCALE_STRIDE,
-                    QUERIES,
-                    CACHE,
-                    SCORING,
-                    TILE,
-                    SCHEDULE,
-                )
-        else:
-            item = program // QUERIES.num_kv_heads
-            segment, items_before, _, first_token, num_tokens, num_keys = find_segment(
-                item, quota, starts_ptr, lens_ptr, QUERIES, SCORING, TILE, SCHEDULE, True
-            )
-            if segment < QUERIES.num_segments:
-                attend_item(
-                    item,
-                    items_before,
-                    segment,
-                    first_token,
-                    num_tokens,
-                    num_keys,
-                    quota,
-                    kv_head,
-                    q_ptr,
-                    k_ptr,
-                    v_ptr,
-                    starts_ptr,
-                    table_ptr,
-                    alibi_ptr,
-                    qq_bias_ptr,
-                    sink_ptr,
-                    k_scale_ptr,
-                    v_scale_ptr,
-                    out_ptr,
-                    lse_ptr,
-                    partial_out_ptr,
-                    partial_lse_ptr,
-                    K_SCALE_STRIDE,
-                    V_SCALE_STRIDE,
-                    QUERIES,
-                    CACHE,
-                    SCORING,
-                    TILE,
-                    SCHEDULE,
-                )
 
 
 @triton.jit
@@ -323,7 +364,8 @@ def paged_attention_kernel(
     v_ptr,
     starts_ptr,  # [S + 1], or None: one token a sequence
     lens_ptr,  # [S]
-    table_ptr,  # [S, MP]
+    begins_ptr,  # [S] first keys of sequences of one token, or None
+    table_ptr,  # [S, MP], or None: the keys of a sequence are a page of their own
     alibi_ptr,  # [Hq] or None
     qq_bias_ptr,  # [Q, Q] or None
     sink_ptr,  # [Hq] or None
@@ -343,14 +385,10 @@ def paged_attention_kernel(
     SCHEDULE: tl.constexpr,
 ):
     """Every sequence by one schedule."""
-    attend_items(
-        tl.program_id(0),
-        ticket_ptr,
+    arrays = (
         q_ptr,
         k_ptr,
         v_ptr,
-        starts_ptr,
-        lens_ptr,
         table_ptr,
         alibi_ptr,
         qq_bias_ptr,
@@ -361,6 +399,14 @@ def paged_attention_kernel(
         lse_ptr,
         partial_out_ptr,
         partial_lse_ptr,
+    )
+    attend_shares(
+        tl.program_id(0),
+        ticket_ptr,
+        starts_ptr,
+        lens_ptr,
+        begins_ptr,
+        arrays,
         K_SCALE_STRIDE,
         V_SCALE_STRIDE,
         QUERIES,
@@ -403,28 +449,32 @@ def mixed_paged_attention_kernel(
 
     The first programs run beside those with many rows, each a program's work; the last take over when these are done.
     """
+    arrays = (
+        q_ptr,
+        k_ptr,
+        v_ptr,
+        table_ptr,
+        alibi_ptr,
+        qq_bias_ptr,
+        sink_ptr,
+        k_scale_ptr,
+        v_scale_ptr,
+        out_ptr,
+        lse_ptr,
+        partial_out_ptr,
+        partial_lse_ptr,
+    )
     few_programs: tl.constexpr = FEW_SCHEDULE.num_slots * QUERIES.num_kv_heads
     many_programs: tl.constexpr = MANY_SCHEDULE.num_slots * QUERIES.num_kv_heads
     program = tl.program_id(0)
     if (program < few_programs) | (program >= few_programs + many_programs):
-        attend_items(
+        attend_shares(
             program,
             ticket_ptr,
-            q_ptr,
-            k_ptr,
-            v_ptr,
             starts_ptr,
             lens_ptr,
-            table_ptr,
-            alibi_ptr,
-            qq_bias_ptr,
-            sink_ptr,
-            k_scale_ptr,
-            v_scale_ptr,
-            out_ptr,
-            lse_ptr,
-            partial_out_ptr,
-            partial_lse_ptr,
+            None,
+            arrays,
             K_SCALE_STRIDE,
             V_SCALE_STRIDE,
             QUERIES,
@@ -434,24 +484,13 @@ def mixed_paged_attention_kernel(
             FEW_SCHEDULE,
         )
     else:
-        attend_items(
+        attend_shares(
             program - few_programs,
             None,
-            q_ptr,
-            k_ptr,
-            v_ptr,
             starts_ptr,
             lens_ptr,
-            table_ptr,
-            alibi_ptr,
-            qq_bias_ptr,
-            sink_ptr,
-            k_scale_ptr,
-            v_scale_ptr,
-            out_ptr,
-            lse_ptr,
-            partial_out_ptr,
-            partial_lse_ptr,
+            None,
+            arrays,
             K_SCALE_STRIDE,
             V_SCALE_STRIDE,
             QUERIES,

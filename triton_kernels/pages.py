@@ -15,9 +15,11 @@ def load_page_ids(table_ptr, start, key_begin, key_end, CACHE: tl.constexpr, BLO
     """Pages of the keys `[start, start + BLOCK_N)`: one id where a tile never leaves a page, else one for each key.
 
     `table_ptr` is a sequence's row `[MP]`. Only entries of keys in `[key_begin, key_end)` are read, and ids are clamped
-    into the cache: the table is data.
+    into the cache: the table is data. Without a table all keys lie in the page at which the cache's pointers stand.
     """
-    if CACHE.page_size % BLOCK_N == 0:
+    if table_ptr is None:
+        page_ids = tl.zeros([], tl.int32)
+    elif CACHE.page_size % BLOCK_N == 0:
         page_ids = tl.load(table_ptr + start // CACHE.page_size, mask=start < key_end, other=0)
     else:
         keys = start + tl.arange(0, BLOCK_N)

@@ -5,12 +5,37 @@ import triton.language as tl
 
 
 @triton.jit
+def head_of_program(program, programs_per_head, num_heads, HEADS_AT_ONCE: tl.constexpr):
+    """The number of a program among those of its KV head, and the head.
+
+    Groups of `HEADS_AT_ONCE` heads follow one another: the keys of a few stay in the L2 cache. Within a group the heads
+    of a number are neighbours.
+    """
+    first_head = program // (programs_per_head * HEADS_AT_ONCE) * HEADS_AT_ONCE
+    heads_at_once = tl.minimum(num_heads - first_head, HEADS_AT_ONCE)
+    place = program - first_head * programs_per_head
+    return place // heads_at_once, first_head + place % heads_at_once
+
+
+@triton.jit
 def unpack_rows(rows, first_row, kv_head, num_tokens, QUERIES: tl.constexpr):
     """Tokens and query heads of packed `rows`, their output rows counted from the token of `first_row`, their mask."""
     tokens = rows // QUERIES.group_size
     heads = kv_head * QUERIES.group_size + rows % QUERIES.group_size
     out_rows = (tokens - first_row // QUERIES.group_size) * QUERIES.num_q_heads + heads
     return tokens, heads, out_rows, tokens < num_tokens
+
+
+@triton.jit
+def keys_of_rows(positions, num_keys, SCORING: tl.constexpr):
+    """The keys `[begin, end)` that each row of `positions` `[M]` sees."""
+    row_begin = tl.zeros_like(positions)
+    row_end = row_begin + num_keys
+    if SCORING.window_left is not None:
+        row_begin = positions - SCORING.window_left
+    if SCORING.window_right is not None:
+        row_end = tl.minimum(positions + (SCORING.window_right + 1), num_keys)
+    return row_begin, row_end
 
 
 @triton.jit

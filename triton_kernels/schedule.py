@@ -1,10 +1,9 @@
-"""Work items decided on the device from the lengths, by every program for itself: no extra launch, no host sync.
+"""Who does what, decided on the device from the lengths, by every program for itself: no extra launch, no host sync.
 
-A segment of `r` row tiles whose rows span `n` KV tiles becomes `r * ceil(n / quota)` items, the quota being what an
-item takes at most. The quota depends on the batch as a whole, not on its order: all tiles over `capacity`, the items
-that run at once, and then the value near it that wastes least of the last wave. It is never below half of that mean, so
-there are at most `sum_i r_i + 2 * capacity` items, which bounds the partial results whatever the lengths are; an item
-is found by a cumulative sum over the segments.
+The row tiles of all segments lie on a line, one after another, each as long as the KV tiles that it spans and the cost
+of beginning it. A balanced schedule cuts the line into equal shares, wherever the cuts fall: a share may hold the end
+of a row tile, some whole ones and the beginning of another. A forced one cuts every row tile into so many splits, and
+each is a share, whatever the batch is.
 """
 
 import triton
@@ -16,26 +15,31 @@ LONGEST = 1 << 29
 
 
 @triton.jit
-def load_segments(segments, starts_ptr, lens_ptr, QUERIES: tl.constexpr, MAX_KEYS: tl.constexpr):
-    """First token, number of tokens and number of keys of `segments`; zeros beyond the last.
+def load_segments(segments, starts_ptr, lens_ptr, begins_ptr, QUERIES: tl.constexpr, MAX_KEYS: tl.constexpr):
+    """First token, tokens, first key and end of the keys of `segments`; zeros for those that there are not.
 
-    Padding has no keys. Starts and lengths are data: they are brought into the arrays.
+    Padding has no keys. Starts, lengths and first keys, which only sequences of one token have, are data: they are
+    brought into the arrays.
     """
+    first_key = segments * 0
+    is_segment = (segments >= 0) & (segments < QUERIES.num_segments)
     if starts_ptr is None:
         first_token = segments
-        num_tokens = tl.where(segments < QUERIES.num_segments, 1, 0)
-        num_keys = tl.load(lens_ptr + segments, mask=segments < QUERIES.num_segments, other=0)
+        num_tokens = tl.where(is_segment, 1, 0)
+        num_keys = tl.load(lens_ptr + segments, mask=is_segment, other=0)
+        if begins_ptr is not None:
+            first_key = clamp(tl.load(begins_ptr + segments, mask=is_segment, other=0), 0, MAX_KEYS)
     else:
         is_sequence = (segments >= 1) & (segments <= QUERIES.num_seqs)
-        first_token = tl.load(
-            starts_ptr + segments - 1, mask=(segments >= 1) & (segments < QUERIES.num_segments), other=0
+        first_token = tl.load(starts_ptr + segments - 1, mask=is_segment & (segments >= 1), other=0)
+        end_token = tl.load(
+            starts_ptr + segments, mask=is_segment & (segments <= QUERIES.num_seqs), other=QUERIES.num_tokens
         )
-        end_token = tl.load(starts_ptr + segments, mask=segments <= QUERIES.num_seqs, other=QUERIES.num_tokens)
         first_token = clamp(first_token, 0, QUERIES.num_tokens)
         num_tokens = clamp(end_token, first_token, QUERIES.num_tokens) - first_token
-        num_tokens = tl.where(segments < QUERIES.num_segments, num_tokens, 0)
+        num_tokens = tl.where(is_segment, num_tokens, 0)
         num_keys = tl.load(lens_ptr + segments - 1, mask=is_sequence, other=0)
-    return first_token, num_tokens, clamp(num_keys, 0, MAX_KEYS)
+    return first_token, num_tokens, first_key, clamp(num_keys, 0, MAX_KEYS)
 
 
 @triton.jit
@@ -48,6 +52,7 @@ def tile_range(key_begin, key_end, BLOCK_N: tl.constexpr):
 @triton.jit
 def count_tiles(
     num_tokens,
+    first_key,
     num_keys,
     QUERIES: tl.constexpr,
     SCORING: tl.constexpr,
@@ -59,131 +64,153 @@ def count_tiles(
     is_mine = (num_rows >= SCHEDULE.fewest_rows) & (num_rows <= SCHEDULE.most_rows)
     row_tiles = tl.where(is_mine, tl.cdiv(num_rows, TILE.block_m), 0)
     if SCORING.window_left is None:
-        key_begin = num_keys * 0
+        key_begin = first_key
     else:
-        key_begin = tl.maximum(num_keys - num_tokens - SCORING.window_left, 0)
+        key_begin = tl.maximum(num_keys - num_tokens - SCORING.window_left, first_key)
     _, key_tiles = tile_range(key_begin, num_keys, TILE.block_n)
     return row_tiles, clamp(key_tiles, 1, SCHEDULE.most_tiles)
 
 
 @triton.jit
-def count_splits(key_tiles, quota, SCHEDULE: tl.constexpr):
-    """Splits of a row tile that spans `key_tiles` tiles, never more than there are tiles."""
-    if SCHEDULE.num_splits > 0:
-        splits = tl.minimum(key_tiles, SCHEDULE.num_splits)
+def line_lengths(key_tiles, cost, SCHEDULE: tl.constexpr):
+    """How far row tiles reach on the line: to the end of their keys, and to where the next one begins."""
+    if SCHEDULE.is_balanced:
+        reach = key_tiles.to(SCHEDULE.line_type) * SCHEDULE.unit
     else:
-        splits = tl.cdiv(key_tiles, quota)
-    return splits
+        reach = tl.minimum(key_tiles, SCHEDULE.num_splits).to(SCHEDULE.line_type)
+    return reach, reach + cost
 
 
 @triton.jit
-def tile_quota(
+def measure_shares(
     starts_ptr,
     lens_ptr,
+    begins_ptr,
     QUERIES: tl.constexpr,
     SCORING: tl.constexpr,
     TILE: tl.constexpr,
     SCHEDULE: tl.constexpr,
 ):
-    """KV tiles that an item holds at most, of eight candidates the one for which the batch should end first."""
-    if SCHEDULE.num_splits > 0:
-        return 1
+    """Length of a share, and the cost of beginning a row tile, in units of the line."""
+    if not SCHEDULE.is_balanced:
+        return 1, 0
     else:
-        total = tl.zeros([SCHEDULE.block_s], tl.int64)  # lengths are data: even nonsense must not wrap round
+        total = tl.zeros([SCHEDULE.block_s], SCHEDULE.line_type)
+        count = tl.zeros([SCHEDULE.block_s], SCHEDULE.line_type)
+        longest = tl.zeros([SCHEDULE.block_s], tl.int32)
         for start in range(0, QUERIES.num_segments, SCHEDULE.block_s):
             segments = start + tl.arange(0, SCHEDULE.block_s)
-            _, num_tokens, num_keys = load_segments(segments, starts_ptr, lens_ptr, QUERIES, SCHEDULE.max_keys)
-            row_tiles, key_tiles = count_tiles(num_tokens, num_keys, QUERIES, SCORING, TILE, SCHEDULE)
-            total += row_tiles.to(tl.int64) * key_tiles
-        mean = tl.minimum(tl.cdiv(tl.sum(total), SCHEDULE.capacity), SCHEDULE.most_tiles).to(tl.int32)
-        ranks = tl.arange(0, 8)
-        candidates = tl.maximum(tl.cdiv(mean * (11 - ranks), 8), SCHEDULE.min_tiles)  # 11/8 to 4/8 of the mean
-        items = tl.zeros([8], tl.int32)
-        for start in range(0, QUERIES.num_segments, SCHEDULE.block_s):
-            segments = start + tl.arange(0, SCHEDULE.block_s)
-            _, num_tokens, num_keys = load_segments(segments, starts_ptr, lens_ptr, QUERIES, SCHEDULE.max_keys)
-            row_tiles, key_tiles = count_tiles(num_tokens, num_keys, QUERIES, SCORING, TILE, SCHEDULE)
-            items += tl.sum(row_tiles[None, :] * tl.cdiv(key_tiles[None, :], candidates[:, None]), 1)
-        waves = tl.cdiv(items, SCHEDULE.capacity)
-        costs = waves * (candidates + SCHEDULE.program_cost)
-        best = tl.min(costs * 8 + ranks) & 7
-        return tl.sum(tl.where(ranks == best, candidates, 0))
+            _, num_tokens, first_key, num_keys = load_segments(
+                segments, starts_ptr, lens_ptr, begins_ptr, QUERIES, SCHEDULE.max_keys
+            )
+            row_tiles, key_tiles = count_tiles(num_tokens, first_key, num_keys, QUERIES, SCORING, TILE, SCHEDULE)
+            total += row_tiles.to(SCHEDULE.line_type) * key_tiles
+            count += row_tiles
+            longest = tl.maximum(longest, tl.where(row_tiles > 0, key_tiles, 0))
+        num_row_tiles = tl.sum(count)
+        num_tiles = tl.sum(total)
+        reach = tl.max(longest).to(SCHEDULE.line_type) * SCHEDULE.unit
+        is_uniform = num_tiles * SCHEDULE.unit == num_row_tiles * reach
+        cost = tl.where(is_uniform, 0, SCHEDULE.row_tile_cost * SCHEDULE.unit)
+        length = tl.cdiv(num_tiles * SCHEDULE.unit + num_row_tiles * cost, SCHEDULE.num_shares)
+        length = tl.maximum(length, SCHEDULE.min_tiles * SCHEDULE.unit)
+        # Equal row tiles are cut alike, or not at all, where that makes shares but little longer.
+        if_cut = tl.cdiv(reach, tl.maximum(reach // length, 1))
+        if_whole = reach * tl.cdiv(length, tl.maximum(reach, 1))
+        alike = tl.where(reach >= length, if_cut, if_whole)
+        length = tl.where(is_uniform & (alike <= length + length // 8), alike, length)
+        return length, cost
 
 
 @triton.jit
-def split_begin(split, tiles, num_splits):
-    """First tile of a split (of the one after the last: the end). The first splits take what does not divide."""
-    return tiles // num_splits * split + tl.minimum(split, tiles % num_splits)
-
-
-@triton.jit
-def count_items(
-    quota,
+def find_row_tile(
+    wanted,
+    cost,
     starts_ptr,
     lens_ptr,
+    begins_ptr,
     QUERIES: tl.constexpr,
     SCORING: tl.constexpr,
     TILE: tl.constexpr,
     SCHEDULE: tl.constexpr,
+    BY_NUMBER: tl.constexpr,
 ):
-    """Number of work items of all segments; no more than there is room for, even if sequences claim the same rows."""
-    items = tl.zeros([SCHEDULE.block_s], tl.int32)
-    for start in range(0, QUERIES.num_segments, SCHEDULE.block_s):
-        segments = start + tl.arange(0, SCHEDULE.block_s)
-        _, num_tokens, num_keys = load_segments(segments, starts_ptr, lens_ptr, QUERIES, SCHEDULE.max_keys)
-        row_tiles, key_tiles = count_tiles(num_tokens, num_keys, QUERIES, SCORING, TILE, SCHEDULE)
-        items += row_tiles * count_splits(key_tiles, quota, SCHEDULE)
-    return tl.minimum(tl.sum(items), SCHEDULE.most_items)
+    """Row tile number `wanted` of all, or the first one whose keys end after the position `wanted` on the line.
 
-
-@triton.jit
-def find_segment(
-    index,
-    quota,
-    starts_ptr,
-    lens_ptr,
-    QUERIES: tl.constexpr,
-    SCORING: tl.constexpr,
-    TILE: tl.constexpr,
-    SCHEDULE: tl.constexpr,
-    OF_ITEM: tl.constexpr,
-):
-    """The segment of work item (or row tile) number `index`: the number of segments where there are fewer.
-
-    Returns it, the numbers of items and of row tiles before it, and its first token, tokens and keys.
+    Returns its segment, -1 if there is none; the segment's first token, tokens, first key and end of the keys; the
+    tile's first row; where it begins on the line, and where its keys end.
     """
-    segment = tl.zeros([], tl.int32)
-    items_before = tl.zeros([], tl.int32)
-    tiles_before = tl.zeros([], tl.int32)
-    first_token = tl.zeros([], tl.int32)
-    num_tokens = tl.zeros([], tl.int32)
-    num_keys = tl.zeros([], tl.int32)
     if starts_ptr is None and SCHEDULE.num_splits == 1:
-        row_tiles: tl.constexpr = (QUERIES.group_size + TILE.block_m - 1) // TILE.block_m
-        segment = index // row_tiles
-        items_before = segment * row_tiles
-        first_token, num_tokens, num_keys = load_segments(segment, starts_ptr, lens_ptr, QUERIES, SCHEDULE.max_keys)
+        tiles_each: tl.constexpr = (QUERIES.group_size + TILE.block_m - 1) // TILE.block_m
+        segment = tl.where(wanted < QUERIES.num_segments * tiles_each, wanted // tiles_each, -1)
+        begin = segment * tiles_each
+        tiles_before = begin
     else:
-        counted_items = tl.zeros([], tl.int32)
-        counted_tiles = tl.zeros([], tl.int32)
+        one_more = tl.zeros([], tl.int32)
+        begin = tl.zeros([], SCHEDULE.line_type)
+        line = tl.zeros([], SCHEDULE.line_type)
+        tiles_before = tl.zeros([], tl.int32)
+        tiles = tl.zeros([], tl.int32)
         for start in range(0, QUERIES.num_segments, SCHEDULE.block_s):
             segments = start + tl.arange(0, SCHEDULE.block_s)
-            first_tokens, tokens, keys = load_segments(segments, starts_ptr, lens_ptr, QUERIES, SCHEDULE.max_keys)
-            row_tiles, key_tiles = count_tiles(tokens, keys, QUERIES, SCORING, TILE, SCHEDULE)
-            items = row_tiles * count_splits(key_tiles, quota, SCHEDULE)
-            end_items = counted_items + tl.cumsum(items, 0)
-            ends = end_items
-            begins = end_items - items
-            if not OF_ITEM:
-                ends = counted_tiles + tl.cumsum(row_tiles, 0)
-                begins = ends - row_tiles
-                counted_tiles = tl.max(ends)
-            counted_items = tl.max(end_items)
-            segment += tl.sum(((ends <= index) & (segments < QUERIES.num_segments)).to(tl.int32))
-            is_found = (begins <= index) & (index < ends)
-            items_before += tl.sum(tl.where(is_found, end_items - items, 0))
-            tiles_before += tl.sum(tl.where(is_found, begins, 0))
-            first_token += tl.sum(tl.where(is_found, first_tokens, 0))
-            num_tokens += tl.sum(tl.where(is_found, tokens, 0))
-            num_keys += tl.sum(tl.where(is_found, keys, 0))
-    return segment, items_before, tiles_before, first_token, num_tokens, num_keys
+            _, num_tokens, first_key, num_keys = load_segments(
+                segments, starts_ptr, lens_ptr, begins_ptr, QUERIES, SCHEDULE.max_keys
+            )
+            row_tiles, key_tiles = count_tiles(num_tokens, first_key, num_keys, QUERIES, SCORING, TILE, SCHEDULE)
+            _, length = line_lengths(key_tiles, cost, SCHEDULE)
+            ends = line + tl.cumsum(row_tiles * length, 0)
+            begins = ends - row_tiles * length
+            if BY_NUMBER:
+                tile_ends = tiles + tl.cumsum(row_tiles, 0)
+                is_found = (tile_ends - row_tiles <= wanted) & (wanted < tile_ends)
+                tiles_before += tl.sum(tl.where(is_found, tile_ends - row_tiles, 0))
+                tiles = tl.max(tile_ends)
+            else:
+                is_found = (row_tiles > 0) & (begins - cost <= wanted) & (wanted < ends - cost)
+            one_more += tl.sum(tl.where(is_found, segments + 1, 0))
+            begin += tl.sum(tl.where(is_found, begins, 0))
+            line = tl.max(ends)
+        segment = one_more - 1
+    first_token, num_tokens, first_key, num_keys = load_segments(
+        segment, starts_ptr, lens_ptr, begins_ptr, QUERIES, SCHEDULE.max_keys
+    )
+    row_tiles, key_tiles = count_tiles(num_tokens, first_key, num_keys, QUERIES, SCORING, TILE, SCHEDULE)
+    reach, length = line_lengths(key_tiles, cost, SCHEDULE)
+    if BY_NUMBER:
+        number = wanted - tiles_before
+    else:
+        number = tl.where(wanted < begin + reach, 0, (wanted - begin - reach) // length + 1).to(tl.int32)
+    begin += number * length
+    first_row = (row_tiles - 1 - number) * TILE.block_m  # the last rows see most keys: they come first
+    return segment, first_token, num_tokens, first_key, num_keys, first_row, begin, begin + reach
+
+
+@triton.jit
+def shares_of(begin, end, share_length, SCHEDULE: tl.constexpr):
+    """First and last share of a row tile whose keys lie on `[begin, end)` of the line: every one holds a KV tile."""
+    first = (begin + (SCHEDULE.unit - 1)) // share_length
+    return first.to(tl.int32), ((end - 1) // share_length).to(tl.int32)
+
+
+@triton.jit
+def split_begin(share, first_share, num_splits, begin, share_length, tiles, SCHEDULE: tl.constexpr):
+    """First of a row tile's `tiles` KV tiles that falls to `share`, or to a later one if none does."""
+    if SCHEDULE.is_balanced:
+        result = tl.minimum(tl.maximum(share.to(SCHEDULE.line_type) * share_length - begin, 0) // SCHEDULE.unit, tiles)
+    else:
+        split = share - first_share  # the first splits take what does not divide
+        result = tiles // num_splits * split + tl.minimum(split, tiles % num_splits)
+    return result.to(tl.int32)
+
+
+@triton.jit
+def partial_number(share, first_share, SCHEDULE: tl.constexpr):
+    """Where the partial result of `share` for a row tile goes.
+
+    A balanced share may hold the end of one row tile and the beginning of another.
+    """
+    if SCHEDULE.is_balanced:
+        number = share + tl.where(share == first_share, SCHEDULE.num_shares, 0)
+    else:
+        number = share
+    return SCHEDULE.first_partial + number

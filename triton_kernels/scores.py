@@ -8,10 +8,20 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def soft_cap(products, scale, CAP: tl.constexpr):
-    """`CAP * tanh(products * scale / CAP)` in base 2, tanh as `1 - 2 / (exp(2 x) + 1)`: right for an infinite `exp`."""
+def soft_cap(products, scale, CAP: tl.constexpr, IS_EXACT: tl.constexpr):
+    """`CAP * tanh(products * scale / CAP)` in base 2, tanh as `1 - 2 / (exp(2 x) + 1)`: right for an infinite `exp`.
+
+    Unless it must be exact, the reciprocal is one of approximate roots: half the instructions of a division, and 22
+    bits of `CAP`.
+    """
     limit: tl.constexpr = CAP * LOG2_E
-    return limit - (2.0 * limit) / (tl.exp2(products * (scale * (2.0 * LOG2_E / CAP))) + 1.0)
+    denominator = tl.exp2(products * (scale * (2.0 * LOG2_E / CAP))) + 1.0
+    if IS_EXACT:
+        result = limit - (2.0 * limit) / denominator
+    else:
+        root = tl.rsqrt(denominator)
+        result = limit - (2.0 * limit) * (root * root)
+    return result
 
 
 @triton.jit

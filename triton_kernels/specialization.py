@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+import triton.language as tl
+
 
 @dataclass(frozen=True)
 class Queries:
@@ -69,25 +71,39 @@ class Tile:
 
 @dataclass(frozen=True)
 class Schedule:
-    """How the segments that have `fewest_rows` to `most_rows` rows are cut into work items.
+    """How the segments that have `fewest_rows` to `most_rows` rows are shared out.
 
-    An item is one split of the keys of a tile of rows; there are `most_items` at most. `num_splits` is forced, or 0 to
-    balance the batch: `capacity` items run at once, each costs `program_cost` KV tiles beyond its own, and none is cut
-    below `min_tiles`; a row tile spans `most_tiles` KV tiles at most. `num_slots` programs a KV head do one item each,
-    or walk them all if they are persistent. They count `block_s` segments at a time; their partial results begin at
-    `first_partial`.
+    `num_splits` is forced, or 0 to balance the batch: over `num_shares` shares, none shorter than `min_tiles` KV tiles.
+    If it is forced there are `num_shares` at most. `num_slots` programs a KV head do a share each, or take them by
+    tickets. A row tile spans `most_tiles` KV tiles at most, and to begin one costs as much as `row_tile_cost` of them.
+    `most_work` bounds the tiles or splits of all row tiles, even where starts and lengths are nonsense.
+    Programs count `block_s` segments at a time; their partial results begin at `first_partial`.
     """
 
     fewest_rows: int
     most_rows: int
     max_keys: int
     num_splits: int
-    capacity: int
-    most_items: int
+    num_shares: int
     num_slots: int
-    is_persistent: bool
     min_tiles: int
     most_tiles: int
     block_s: int
-    program_cost: int = 4
+    most_work: int
+    row_tile_cost: int = 1
     first_partial: int = 0
+
+    @property
+    def is_balanced(self) -> bool:
+        """Whether shares are of equal length."""
+        return self.num_splits == 0
+
+    @property
+    def unit(self) -> int:
+        """Length of a KV tile on the line: balanced shares need not be of whole tiles."""
+        return 16 if self.is_balanced else 1
+
+    @property
+    def line_type(self) -> tl.dtype:
+        """The integers that positions on the line need: divisions of 64 bits take microseconds."""
+        return tl.int32 if 2 * self.most_work * self.unit < 2**31 else tl.int64

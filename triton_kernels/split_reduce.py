@@ -5,7 +5,12 @@ import triton.language as tl
 
 from triton_kernels.online_softmax import base2_lse, divide_by_sum, guard, store_rows
 from triton_kernels.rows import unpack_rows
-from triton_kernels.schedule import count_splits, count_tiles, find_segment, tile_quota
+from triton_kernels.schedule import (
+    find_row_tile,
+    measure_shares,
+    partial_number,
+    shares_of,
+)
 
 
 @triton.jit
@@ -34,28 +39,30 @@ def store_partial(
 
 @triton.jit
 def merge_partials(
-    first_partial,
-    step,
-    num_partials,
+    first_share,
+    last_share,
+    kv_head,
     rows,  # [BLOCK_ROWS] rows of the tile
     row_mask,  # [BLOCK_ROWS]
     partial_out_ptr,  # [partials, BLOCK_M, Dv] float32
     partial_lse_ptr,  # [partials, BLOCK_M] float32, base 2
+    QUERIES: tl.constexpr,
+    TILE: tl.constexpr,
+    SCHEDULE: tl.constexpr,
     VALUE_HEAD_DIM: tl.constexpr,
-    BLOCK_M: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_SPLITS: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
 ):
-    """Row state of the partial results `first_partial + i * step`, merged in order of `i`."""
-    dims = tl.arange(0, BLOCK_DV)
+    """Row state of a row tile's partial results, merged in the order of its shares."""
+    dims = tl.arange(0, TILE.block_dv)
     row_max = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_ROWS], tl.float32)
-    acc = tl.zeros([BLOCK_ROWS, BLOCK_DV], tl.float32)
-    for start in range(0, num_partials, BLOCK_SPLITS):
-        splits = start + tl.arange(0, BLOCK_SPLITS)
-        mask = (splits < num_partials)[:, None] & row_mask[None, :]
-        partial_rows = tl.cast(first_partial + splits * step, tl.int64)[:, None] * BLOCK_M + rows[None, :]
+    acc = tl.zeros([BLOCK_ROWS, TILE.block_dv], tl.float32)
+    for start in range(first_share, last_share + 1, BLOCK_SPLITS):
+        shares = start + tl.arange(0, BLOCK_SPLITS)
+        mask = (shares <= last_share)[:, None] & row_mask[None, :]
+        partials = partial_number(shares, first_share, SCHEDULE).to(tl.int64) * QUERIES.num_kv_heads + kv_head
+        partial_rows = partials[:, None] * TILE.block_m + rows[None, :]
         lse = tl.load(partial_lse_ptr + partial_rows, mask=mask, other=float("-inf"))  # [BLOCK_SPLITS, BLOCK_ROWS]
         out = tl.load(
             partial_out_ptr + partial_rows[:, :, None] * VALUE_HEAD_DIM + dims[None, None, :],
@@ -76,6 +83,7 @@ def merge_partials(
 def split_reduce_kernel(
     starts_ptr,  # [S + 1] or None
     lens_ptr,  # [S]
+    begins_ptr,  # [S] first keys, or None
     sink_ptr,  # [Hq] or None
     v_scale_ptr,  # [1] or [Hkv] or None
     partial_out_ptr,  # [partials, BLOCK_M, Dv] float32
@@ -91,35 +99,36 @@ def split_reduce_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_SPLITS: tl.constexpr,
 ):
-    """One program merges BLOCK_ROWS rows of a row tile whose keys were split, adds sinks and writes the output."""
+    """One program merges BLOCK_ROWS rows of a row tile in which several shares had a part.
+
+    It adds sinks and writes the output.
+    """
     blocks: tl.constexpr = TILE.block_m // BLOCK_ROWS
     kv_head = tl.program_id(0) // blocks % QUERIES.num_kv_heads
-    tile = tl.program_id(0) // (blocks * QUERIES.num_kv_heads)
-    quota = tile_quota(starts_ptr, lens_ptr, QUERIES, SCORING, TILE, SCHEDULE)
-    _, items_before, tiles_before, first_token, num_tokens, num_keys = find_segment(
-        tile, quota, starts_ptr, lens_ptr, QUERIES, SCORING, TILE, SCHEDULE, False
+    number = tl.program_id(0) // (blocks * QUERIES.num_kv_heads)
+    share_length, cost = measure_shares(starts_ptr, lens_ptr, begins_ptr, QUERIES, SCORING, TILE, SCHEDULE)
+    segment, first_token, num_tokens, _, _, first_row, begin, end = find_row_tile(
+        number, cost, starts_ptr, lens_ptr, begins_ptr, QUERIES, SCORING, TILE, SCHEDULE, BY_NUMBER=True
     )
-    row_tiles, key_tiles = count_tiles(num_tokens, num_keys, QUERIES, SCORING, TILE, SCHEDULE)
-    num_splits = count_splits(key_tiles, quota, SCHEDULE)
-    first_row = (tile - tiles_before) * TILE.block_m
+    first_share, last_share = shares_of(begin, end, share_length, SCHEDULE)
     rows = tl.program_id(0) % blocks * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     _, heads, out_rows, row_mask = unpack_rows(first_row + rows, first_row, kv_head, num_tokens, QUERIES)
-    first_item = items_before + (row_tiles - 1 - (tile - tiles_before)) * num_splits
     has_rows = tl.max(row_mask.to(tl.int32)) > 0
-    if (num_splits > 1) & has_rows & (first_item + num_splits <= SCHEDULE.most_items):
+    if (segment >= 0) & (first_share < last_share) & has_rows & (last_share < SCHEDULE.num_shares):
         row_max, row_sum, acc = merge_partials(
-            SCHEDULE.first_partial + first_item * QUERIES.num_kv_heads + kv_head,
-            QUERIES.num_kv_heads,
-            num_splits,
+            first_share,
+            last_share,
+            kv_head,
             rows,
             row_mask,
             partial_out_ptr,
             partial_lse_ptr,
+            QUERIES,
+            TILE,
+            SCHEDULE,
             CACHE.value_head_dim,
-            TILE.block_m,
             BLOCK_ROWS,
             BLOCK_SPLITS,
-            TILE.block_dv,
         )
         tile_row = (first_token + first_row // QUERIES.group_size).to(tl.int64) * QUERIES.num_q_heads
         if lse_ptr is not None:
