@@ -1,14 +1,20 @@
 """Writing new keys and values into the pages of a cache."""
 
 import dataclasses
-from typing import Any
+import math
+from typing import Any, ClassVar
 
 import jax
+import jax.numpy as jnp
 
 import reference
+from jax_bridge.cache_heuristics import NUM_WARPS, WRITE_ELEMENTS, cache_config, columns_per_block, rows_per_program
 from jax_bridge.configs import CacheConfig
-from jax_bridge.device import Device
+from jax_bridge.device import Device, current_device
+from jax_bridge.launch import available, interpreting, kernel_operation, kernels, launch
+from jax_bridge.layouts import cache_strides, scale_stride
 from jax_bridge.operation import Implementation, Invocation, Operation, Outputs
+from jax_bridge.paged_launch import Arrays
 from jax_bridge.validation import FLOAT, Arguments
 
 
@@ -46,12 +52,97 @@ def _xla(invocation: Invocation, cfg: CacheConfig, device: Device | None) -> Out
     )
 
 
+def _triton(invocation: Invocation, cfg: CacheConfig, device: Device) -> Outputs:
+    del cfg
+    if invocation.sizes.num_tokens == 0:
+        return invocation.arrays["key_cache"], invocation.arrays["value_cache"]
+
+    def write(arrays: Arrays) -> tuple[jax.Array, jax.Array]:
+        return _launch(arrays, invocation.sizes, invocation.options.kv_layout, device)
+
+    written: tuple[jax.Array, jax.Array] = kernel_operation("write_kv_pages[triton]", write)(dict(invocation.arrays))
+    return written
+
+
+def _launch(arrays: Arrays, sizes: WriteSizes, kv_layout: str, device: Device) -> tuple[jax.Array, jax.Array]:
+    k_rows = _token_rows(arrays["key"], arrays["key_cache"], arrays["k_scale"], kv_layout)
+    v_rows = _token_rows(arrays["value"], arrays["value_cache"], arrays["v_scale"], kv_layout)
+    blocks = sum(math.ceil(rows.num_heads * rows.head_dim / rows.block_features) for rows in (k_rows, v_rows))
+    widest = max(k_rows.block_features, v_rows.block_features)
+    block_tokens = rows_per_program(sizes.num_tokens, widest, WRITE_ELEMENTS, device, blocks=blocks)
+    results = launch(
+        kernels("kv_pages").write_kv_pages_kernel,
+        outputs={},
+        operands={
+            "key_ptr": arrays["key"],
+            "value_ptr": arrays["value"],
+            "slots_ptr": arrays["slot_mapping"],
+            "k_scale_ptr": arrays["k_scale"],
+            "v_scale_ptr": arrays["v_scale"],
+        },
+        updated={"key_cache_ptr": arrays["key_cache"], "value_cache_ptr": arrays["value_cache"]},
+        constants={
+            "NUM_TOKENS": sizes.num_tokens,
+            "NUM_PAGES": sizes.num_pages,
+            "PAGE_SIZE": sizes.page_size,
+            "K_ROWS": k_rows,
+            "V_ROWS": v_rows,
+            "BLOCK_TOKENS": block_tokens,
+        },
+        num_programs=math.ceil(sizes.num_tokens / block_tokens) * blocks,
+        num_warps=NUM_WARPS,
+        num_stages=1,
+        device=device,
+        operation="write_kv_pages",
+    )
+    return results["key_cache_ptr"], results["value_cache_ptr"]
+
+
+def _token_rows(tokens: jax.Array, cache: jax.Array, scale: jax.Array | None, kv_layout: str) -> Any:
+    """`triton_kernels.kv_pages.TokenRows` of new tokens `[T, Hkv, D]` and their cache."""
+    _, num_heads, head_dim = tokens.shape
+    strides = cache_strides(kv_layout, cache.shape)
+    return kernels("kv_pages").TokenRows(
+        num_heads=num_heads,
+        head_dim=head_dim,
+        page_stride=strides.page,
+        token_stride=strides.token,
+        head_stride=strides.head,
+        scale_stride=scale_stride(scale),
+        block_features=columns_per_block(num_heads * head_dim),
+        format=None if scale is None and tokens.dtype == cache.dtype else _stored_format(cache.dtype),
+    )
+
+
+def _stored_format(dtype: Any) -> Any:
+    """`triton_kernels.kv_pages.StoredFormat` of a cache's dtype."""
+    stored_format = kernels("kv_pages").StoredFormat
+    if jnp.issubdtype(dtype, jnp.integer):
+        limits = jnp.iinfo(dtype)
+        # The steps of integers of n bits are those of floats with n - 1 bits behind the leading one, of the top binade.
+        return stored_format(limits.min, limits.max, limits.bits - 1, 2.0 ** (limits.bits - 1))
+    info = jnp.finfo(dtype)
+    if info.bits > 8:  # converted from float32 as it should be, everywhere
+        return stored_format(float(info.min), float(info.max))
+    return stored_format(float(info.min), float(info.max), info.nmant, float(info.smallest_normal))
+
+
+def _triton_lacks(invocation: Invocation) -> str | None:
+    cache_dtype = invocation.arrays["key_cache"].dtype
+    if cache_dtype == jnp.float8_e4m3fn and not interpreting() and not current_device().converts_e4m3:
+        return "float8_e4m3fn caches before compute capability 8.9"
+    return None
+
+
 class WriteKVPages(Operation):
     """The operation object of `write_kv_pages`."""
 
     name = "write_kv_pages"
     config_type = CacheConfig
-    implementations = (Implementation("xla", _xla),)
+    implementations: ClassVar[tuple[Implementation, ...]] = (
+        Implementation("triton", _triton, lacks=_triton_lacks, heuristic_cfg=cache_config, is_available=available),
+        Implementation("xla", _xla),
+    )
 
     def invocation(
         self,
@@ -122,8 +213,9 @@ def write_kv_pages(
         value: `[T, Hkv, Dv]`, likewise.
         key_cache: `[P, ps, Hkv, D]` in the default layout; any float of the keys, float8_e4m3fn, float8_e5m2 or int8.
         value_cache: `[P, ps, Hkv, Dv]`, with the dtype of `key_cache`.
-        slot_mapping: integers `[T]`, `page * ps + offset`; negative slots and slots beyond the cache are dropped.
-        k_scale: keys are divided by it, rounded and saturated: a number, or an array `[1]` or `[Hkv]`.
+        slot_mapping: integers `[T]`, `page * ps + offset`; negative slots and slots beyond the cache are dropped. No
+            two tokens may have one slot: which of them stays there is not defined.
+        k_scale: keys are divided by it, rounded to nearest and saturated: a number, or an array `[1]` or `[Hkv]`.
         v_scale: likewise for values.
         kv_layout: order of the cache's axes page, token, head, dim: `"PTHD"`, `"PHTD"` or `"HPTD"`.
         platform: `"triton"`, `"xla"`, or `"auto"` (None).

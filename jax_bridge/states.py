@@ -1,15 +1,19 @@
 """Merging attention results over disjoint keys."""
 
 import dataclasses
-from typing import Any
+import math
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
 import reference
+from jax_bridge.cache_heuristics import MERGE_ELEMENTS, NUM_WARPS, cache_config, columns_per_block, rows_per_program
 from jax_bridge.configs import CacheConfig
 from jax_bridge.device import Device
+from jax_bridge.launch import Output, available, kernel_operation, kernels, launch
 from jax_bridge.operation import Implementation, Invocation, Operation, Outputs
+from jax_bridge.paged_launch import Arrays
 from jax_bridge.validation import ANY_FLOAT, FLOAT, Arguments
 
 
@@ -33,12 +37,53 @@ def _xla(invocation: Invocation, cfg: CacheConfig, device: Device | None) -> Out
     return reference.merge_attention_states(arrays["out_a"], arrays["lse_a"], arrays["out_b"], arrays["lse_b"])
 
 
+def _triton(invocation: Invocation, cfg: CacheConfig, device: Device) -> Outputs:
+    del cfg
+
+    def merge(arrays: Arrays) -> tuple[jax.Array, jax.Array]:
+        return _launch(arrays, invocation.sizes, device)
+
+    merged: tuple[jax.Array, jax.Array] = kernel_operation("merge_attention_states[triton]", merge)(
+        dict(invocation.arrays)
+    )
+    return merged
+
+
+def _launch(arrays: Arrays, sizes: MergeSizes, device: Device) -> tuple[jax.Array, jax.Array]:
+    num_rows = sizes.num_tokens * sizes.num_q_heads
+    block_d = columns_per_block(sizes.value_head_dim)
+    block_rows = rows_per_program(num_rows, block_d, MERGE_ELEMENTS, device)
+    results = launch(
+        kernels("states").merge_attention_states_kernel,
+        outputs={
+            "out_ptr": Output(arrays["out_a"].shape, arrays["out_a"].dtype),
+            "lse_ptr": Output(arrays["lse_a"].shape, jnp.float32),
+        },
+        operands={f"{name}_ptr": array for name, array in arrays.items()},
+        constants={
+            "NUM_ROWS": num_rows,
+            "HEAD_DIM": sizes.value_head_dim,
+            "BLOCK_ROWS": block_rows,
+            "BLOCK_D": block_d,
+        },
+        num_programs=math.ceil(num_rows / block_rows),
+        num_warps=NUM_WARPS,
+        num_stages=1,
+        device=device,
+        operation="merge_attention_states",
+    )
+    return results["out_ptr"], results["lse_ptr"]
+
+
 class MergeAttentionStates(Operation):
     """The operation object of `merge_attention_states`."""
 
     name = "merge_attention_states"
     config_type = CacheConfig
-    implementations = (Implementation("xla", _xla),)
+    implementations: ClassVar[tuple[Implementation, ...]] = (
+        Implementation("triton", _triton, heuristic_cfg=cache_config, is_available=available),
+        Implementation("xla", _xla),
+    )
 
     def invocation(self, out_a: Any, lse_a: Any, out_b: Any, lse_b: Any, /) -> Invocation:
         """Check the arguments of `merge_attention_states`."""

@@ -50,9 +50,14 @@ def write(tokens: Array, cache: Array, slots: Array, scale: ArrayLike | None, kv
     num_pages, page_size, num_heads, _ = paging.cache_size(cache, kv_layout)
     if page_size == 0 or num_pages == 0:
         return cache
+    stored = tokens
     if scale is not None:
-        tokens = tokens.astype(jnp.float32) / scores.per_kv_head(scale, num_heads)[:, None]
-    stored = saturated(tokens, cache.dtype)
+        scales = jnp.broadcast_to(scores.per_kv_head(scale, num_heads)[:, None], tokens.shape)
+        # Behind the barrier XLA does not see that few scales serve all tokens, and divides instead of multiplying by
+        # reciprocals: a quotient that is a middle between two stored values must be exact.
+        stored = tokens.astype(jnp.float32) / jax.lax.optimization_barrier(scales)
+    if scale is not None or tokens.dtype != cache.dtype:
+        stored = saturated(stored, cache.dtype)
     # A negative index would count from the end; the page past the last is dropped.
     pages = jnp.where(slots < 0, num_pages, slots // page_size)
     offsets = slots % page_size
@@ -91,8 +96,6 @@ def refuse_gradient(kv_layout: str, primals: tuple[Array, ...], tangents: tuple[
 
 def saturated(tokens: Array, dtype: jnp.dtype) -> Array:
     """`tokens` rounded to the nearest value of `dtype`, ties to even, beyond its range at its ends."""
-    if tokens.dtype == dtype:
-        return tokens
     tokens = tokens.astype(jnp.float32)
     if jnp.issubdtype(dtype, jnp.integer):
         limits = jnp.iinfo(dtype)
