@@ -1,62 +1,33 @@
 """Dense attention with masks, biases, sinks and dropout."""
 
-import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 import reference
+from jax_bridge import cudnn, dense_launch, launch
 from jax_bridge.configs import AttentionConfig
+from jax_bridge.dense_launch import AttentionOptions, DenseSizes
 from jax_bridge.device import Device
+from jax_bridge.masks import MaskInfo
 from jax_bridge.operation import Implementation, Invocation, Operation, Outputs, window_argument
-from jax_bridge.validation import ANY_FLOAT, BOOLEAN, FLOAT, Arguments, Window, describe
+from jax_bridge.validation import ANY_FLOAT, BOOLEAN, FLOAT, INDEX, Arguments, describe
 
-
-@dataclasses.dataclass(frozen=True)
-class AttentionOptions:
-    """Static arguments of `attention`, normalised.
-
-    Attributes:
-        softmax_scale: factor on the scores.
-        soft_cap: None for off, never 0.
-        window: bounds `(left, right)`, inclusive; right 0 when causal.
-        causal: whether row `i` sees no key after `i`.
-        dtype: of the computation's inputs and of the results.
-        softmax_dtype: of the softmax.
-        dropout_prob: 0 where dropout is off.
-        return_weights: whether the weights are answered too.
-    """
-
-    softmax_scale: float
-    soft_cap: float | None
-    window: Window | None
-    causal: bool
-    dtype: Any
-    softmax_dtype: Any
-    dropout_prob: float
-    return_weights: bool
-
-
-@dataclasses.dataclass(frozen=True)
-class DenseSizes:
-    """Sizes of one call; `q_len` and `kv_len` are `Q` and `K`, the rest as in `PagedSizes`."""
-
-    batch: int
-    q_len: int
-    kv_len: int
-    num_q_heads: int
-    num_kv_heads: int
-    group_size: int
-    head_dim: int
-    value_head_dim: int
+_MASKS = ("mask", "q_segment_ids", "kv_segment_ids", "key_lengths")
 
 
 def _xla(invocation: Invocation, cfg: AttentionConfig, device: Device | None) -> Outputs:
     del cfg, device
-    arrays, options = invocation.arrays, invocation.options
+    arrays, options, sizes = invocation.arrays, invocation.options, invocation.sizes
+    mask = arrays["mask"]
+    if arrays["q_segment_ids"] is not None:
+        mask = MaskInfo.from_segments(arrays["q_segment_ids"], arrays["kv_segment_ids"]).get_or_compute_attention_mask()
+    elif arrays["key_lengths"] is not None:
+        lengths = MaskInfo.from_key_lengths(arrays["key_lengths"], sizes.q_len, sizes.kv_len)
+        mask = lengths.get_or_compute_attention_mask()
     return reference.attention(
         arrays["query"],
         arrays["key"],
@@ -64,7 +35,7 @@ def _xla(invocation: Invocation, cfg: AttentionConfig, device: Device | None) ->
         arrays["bias"],
         arrays["dropout_rng"],
         arrays["softmax_aux"],
-        mask=arrays["mask"],
+        mask=mask,
         deterministic=options.dropout_prob == 0,
         softmax_scale=options.softmax_scale,
         logits_soft_cap=options.soft_cap,
@@ -77,12 +48,61 @@ def _xla(invocation: Invocation, cfg: AttentionConfig, device: Device | None) ->
     )
 
 
+def _triton(invocation: Invocation, cfg: AttentionConfig, device: Device) -> Outputs:
+    sizes, options = invocation.sizes, invocation.options
+    if sizes.kv_len == 0:
+        return jnp.zeros((*invocation.arrays["query"].shape[:3], sizes.value_head_dim), options.dtype)
+
+    def attend(arrays: Any) -> jax.Array:
+        return dense_launch.attend(arrays, sizes, options, cfg, device)
+
+    out: jax.Array = launch.kernel_operation("attention[triton]", attend)(dict(invocation.arrays))
+    return out
+
+
+def _triton_lacks(invocation: Invocation) -> str | None:
+    return dense_launch.lacks(invocation.arrays, invocation.sizes, invocation.options)
+
+
+def _triton_heuristics(invocation: Invocation, device: Device) -> AttentionConfig:
+    has_segments = invocation.arrays["q_segment_ids"] is not None
+    return dense_launch.heuristic_cfg(invocation.sizes, invocation.options, device, has_segments=has_segments)
+
+
+def _triton_candidates(invocation: Invocation, device: Device) -> tuple[AttentionConfig, ...]:
+    has_segments = invocation.arrays["q_segment_ids"] is not None
+    return dense_launch.candidate_cfgs(invocation.sizes, invocation.options, device, has_segments=has_segments)
+
+
+def _cuda(invocation: Invocation, cfg: AttentionConfig, device: Device | None) -> Outputs:
+    del cfg, device
+    sizes, options = invocation.sizes, invocation.options
+    if sizes.kv_len == 0:
+        return jnp.zeros((*invocation.arrays["query"].shape[:3], sizes.value_head_dim), options.dtype)
+    return cudnn.attend(invocation.arrays, sizes, options)
+
+
+def _cuda_lacks(invocation: Invocation) -> str | None:
+    return cudnn.lacks(invocation.arrays, invocation.sizes, invocation.options)
+
+
 class Attention(Operation):
     """The operation object of `attention`."""
 
     name = "attention"
     config_type = AttentionConfig
-    implementations = (Implementation("xla", _xla),)
+    implementations: ClassVar[tuple[Implementation, ...]] = (
+        Implementation(
+            "triton",
+            _triton,
+            lacks=_triton_lacks,
+            heuristic_cfg=_triton_heuristics,
+            candidate_cfgs=_triton_candidates,
+            is_available=launch.available,
+        ),
+        Implementation("cuda", _cuda, lacks=_cuda_lacks),
+        Implementation("xla", _xla),
+    )
 
     def invocation(
         self,
@@ -133,7 +153,7 @@ class Attention(Operation):
             "bias": None if bias is None else _checked_bias(check, bias_argument, bias),
             "dropout_rng": dropout_rng if probability > 0 else None,
             "softmax_aux": check.sinks("softmax_aux", softmax_aux, ANY_FLOAT),
-            "mask": None if mask_info is None else _checked_mask(check, mask_info),
+            **_checked_mask(check, mask_info),
         }
         is_causal = check.flag("causal", causal)
         right = 0 if is_causal else None
@@ -193,7 +213,24 @@ def _checked_bias(check: Arguments, argument: str, bias: Any) -> Any:
     return bias
 
 
-def _checked_mask(check: Arguments, mask_info: Any) -> Any:
+def _checked_mask(check: Arguments, mask_info: Any) -> dict[str, Any]:
+    """The mask, or the segments or lengths of a `MaskInfo` that has none, by name."""
+    masks: dict[str, Any] = dict.fromkeys(_MASKS)
+    if mask_info is None:
+        return masks
+    is_ours = type(mask_info) is MaskInfo and mask_info.attention_mask is None
+    if is_ours and mask_info.key_lengths is not None:
+        lengths = check.index("mask_info.key_lengths", mask_info.key_lengths, ("B",))
+        for axis, length in (("Q", mask_info.q_len), ("K", mask_info.kv_len)):
+            if length != check.sizes[axis]:
+                got = f"stands for a mask of {axis} = {length}"
+                raise check.value_error("mask_info", got, f"{axis} = {check.sizes[axis]} as in the other arrays")
+        return masks | {"key_lengths": lengths}
+    if is_ours and mask_info.q_segment_ids is not None and mask_info.kv_segment_ids is not None:
+        return masks | {
+            "q_segment_ids": check.array("mask_info.q_segment_ids", mask_info.q_segment_ids, ("B", "Q"), INDEX),
+            "kv_segment_ids": check.array("mask_info.kv_segment_ids", mask_info.kv_segment_ids, ("B", "K"), INDEX),
+        }
     compute = getattr(mask_info, "get_or_compute_attention_mask", None)
     if not callable(compute):
         expected = "a MaskInfo or another object with get_or_compute_attention_mask()"
@@ -201,7 +238,7 @@ def _checked_mask(check: Arguments, mask_info: Any) -> Any:
     mask = compute()
     shape = tuple(getattr(mask, "shape", ()))
     heads = "1" if shape[1:2] == (1,) else "Hq"
-    return check.array("mask_info", mask, ("B", heads, "Q", "K"), BOOLEAN)
+    return masks | {"mask": check.array("mask_info", mask, ("B", heads, "Q", "K"), BOOLEAN)}
 
 
 def _checked_dtype(check: Arguments, argument: str, dtype: Any) -> Any:
@@ -241,7 +278,11 @@ def attention(
     cfg: AttentionConfig | None = None,
     return_weights: bool = False,
 ) -> Any:
-    """Dense attention; differentiable on `xla`.
+    """Dense attention.
+
+    On `triton` a flash kernel, forward only, whose memory does not grow with `Q * K`: for calls without bias, boolean
+    mask, dropout and weights. On `cuda` cuDNN, for the calls that it answers exactly (docs/compatibility.md). On `xla`
+    everything, with all scores at once. `xla` and `cuda` are differentiable; `"auto"` differentiates `xla`.
 
     Args:
         query: `[B, Q, Hq, D]`, any floating dtype.
@@ -251,8 +292,8 @@ def attention(
         dropout_rng: random key, needed for dropout.
         softmax_aux: sink logits that join the softmax without a value: `[n]` for every head (`[Hq]`: one a head), or
             `[Hq, n]`.
-        mask_info: a `MaskInfo`, or any object whose `get_or_compute_attention_mask()` answers bool
-            `[B, 1 or Hq, Q, K]`, True = may attend; it adds to the bias.
+        mask_info: a `MaskInfo` of a mask, of segments or of key lengths, or any object whose
+            `get_or_compute_attention_mask()` answers bool `[B, 1 or Hq, Q, K]`, True = may attend; it adds to the bias.
         init_bias: makes the bias; called only where neither `bias` nor `mask_info` is given.
         deterministic: whether dropout is off.
         softmax_scale: factor on the scores, `1 / sqrt(D)` by default; a static number.

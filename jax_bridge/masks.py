@@ -12,22 +12,30 @@ from jax_bridge.validation import BOOLEAN, INDEX, Arguments
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=("attention_mask", "q_segment_ids", "kv_segment_ids"),
-    meta_fields=(),
+    data_fields=("attention_mask", "q_segment_ids", "kv_segment_ids", "key_lengths"),
+    meta_fields=("q_len", "kv_len"),
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class MaskInfo:
-    """Which query may attend to which key; a pytree, made by `from_attention_mask` or `from_segments`.
+    """Which query may attend to which key; a pytree, made by one of the `from_...` functions.
+
+    Segments and key lengths need no mask on platforms with a kernel: memory then does not grow with `Q * K`.
 
     Attributes:
-        attention_mask: bool `[B, 1 or Hq, Q, K]`, True = may attend; None for segments.
-        q_segment_ids: integers `[B, Q]`; None for an explicit mask.
-        kv_segment_ids: integers `[B, K]`; None for an explicit mask.
+        attention_mask: bool `[B, 1 or Hq, Q, K]`, True = may attend; None for segments and lengths.
+        q_segment_ids: integers `[B, Q]`; None but for segments.
+        kv_segment_ids: integers `[B, K]`; None but for segments.
+        key_lengths: integers `[B]`; None but for lengths.
+        q_len: `Q` of the mask that lengths stand for.
+        kv_len: `K` of the mask that lengths stand for.
     """
 
     attention_mask: jax.Array | None = None
     q_segment_ids: jax.Array | None = None
     kv_segment_ids: jax.Array | None = None
+    key_lengths: jax.Array | None = None
+    q_len: int = 0
+    kv_len: int = 0
 
     @classmethod
     def from_attention_mask(cls, mask: jax.Array) -> "MaskInfo":
@@ -60,14 +68,37 @@ class MaskInfo:
         check.array("kv_segment_ids", kv_segment_ids, ("B", "K"), INDEX)
         return cls(q_segment_ids=q_segment_ids, kv_segment_ids=kv_segment_ids)
 
+    @classmethod
+    def from_key_lengths(cls, key_lengths: jax.Array, q_len: int, kv_len: int) -> "MaskInfo":
+        """A mask under which every row of a batch row sees its first keys only.
+
+        Args:
+            key_lengths: integers `[B]`, clamped to `[0, kv_len]`.
+            q_len: how many rows `Q` there are.
+            kv_len: how many keys `K` there are.
+
+        Raises:
+            TypeError: the lengths are not an integer array, or a size is not an integer.
+            ValueError: the lengths have not one axis, or a size is negative.
+        """
+        check = Arguments("MaskInfo.from_key_lengths")
+        return cls(
+            key_lengths=check.array("key_lengths", key_lengths, ("B",), INDEX),
+            q_len=check.integer("q_len", q_len, minimum=0),
+            kv_len=check.integer("kv_len", kv_len, minimum=0),
+        )
+
     def get_or_compute_attention_mask(self) -> Any:
         """The mask, bool `[B, 1 or Hq, Q, K]`.
 
         Raises:
-            ValueError: neither a mask nor segments are given.
+            ValueError: there is neither a mask nor what it could be computed from.
         """
         if self.attention_mask is not None:
             return self.attention_mask
+        if self.key_lengths is not None:
+            visible = jnp.arange(self.kv_len) < jnp.asarray(self.key_lengths)[:, None, None, None]
+            return jnp.broadcast_to(visible, (visible.shape[0], 1, self.q_len, self.kv_len))
         if self.q_segment_ids is None or self.kv_segment_ids is None:
             raise ValueError("MaskInfo: attention_mask is None, expected it or both q_segment_ids and kv_segment_ids")
         q_ids = jnp.asarray(self.q_segment_ids)[:, None, :, None]
