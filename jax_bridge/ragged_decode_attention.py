@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 
 import reference
+from jax_bridge import launch, ragged_launch, tpu_launch
 from jax_bridge.configs import RaggedDecodeAttentionConfig
-from jax_bridge.device import Device
+from jax_bridge.device import Device, current_device
 from jax_bridge.operation import Implementation, Invocation, Operation, Outputs, window_argument
 from jax_bridge.sharding import BATCH, HEADS, shard_map_wrapper
 from jax_bridge.validation import ANY_FLOAT, FLOAT, Arguments, Window
@@ -47,7 +48,7 @@ class RaggedSizes:
     value_head_dim: int
 
 
-def in_three_axes(call: Callable[[Invocation, Any, Device | None], Outputs]) -> Callable[..., Outputs]:
+def in_three_axes(call: Callable[[Invocation, Any, Any], Outputs]) -> Callable[..., Outputs]:
     """An implementation for queries `[B, Hq, D]` as one that also takes `[B, 1, Hq, D]`."""
 
     def adapted(invocation: Invocation, cfg: Any, device: Device | None) -> Outputs:
@@ -77,12 +78,29 @@ def _xla(invocation: Invocation, cfg: RaggedDecodeAttentionConfig, device: Devic
     )
 
 
+def _pallas(invocation: Invocation, cfg: RaggedDecodeAttentionConfig, device: Device | None) -> Outputs:
+    del device
+    keys = None if cfg.fwd_params is None else cfg.fwd_params.kv_blocksize
+    return tpu_launch.attend_rows(invocation, tpu_launch.BlockSizes(keys=keys))
+
+
 class RaggedDecodeAttention(Operation):
     """The operation object of `ragged_decode_attention`."""
 
     name = "ragged_decode_attention"
     config_type = RaggedDecodeAttentionConfig
-    implementations = (Implementation("xla", in_three_axes(_xla)),)
+    implementations = (
+        Implementation(
+            "triton",
+            in_three_axes(ragged_launch.attend_rows),
+            lacks=ragged_launch.lacks,
+            heuristic_cfg=ragged_launch.heuristic_cfg,
+            candidate_cfgs=ragged_launch.candidate_cfgs,
+            is_available=launch.available,
+        ),
+        Implementation("pallas", in_three_axes(_pallas), lacks=tpu_launch.ragged_lacks),
+        Implementation("xla", in_three_axes(_xla)),
+    )
 
     def invocation(
         self,
@@ -144,6 +162,12 @@ class RaggedDecodeAttention(Operation):
         query = invocation.arrays["query"]
         out = jax.ShapeDtypeStruct((*query.shape[:-1], invocation.sizes.value_head_dim), query.dtype)
         return (out, jax.ShapeDtypeStruct(query.shape[:-1], jnp.float32)) if invocation.options.return_lse else out
+
+    def candidate_cfgs_gpu(self, invocation: Invocation) -> tuple[RaggedDecodeAttentionConfig, ...]:
+        """The configurations worth timing on the GPU at hand or the target device; none if `triton` lacks the call."""
+        if ragged_launch.lacks(invocation) is not None:
+            return ()
+        return ragged_launch.candidate_cfgs(invocation, current_device())
 
     def create_shard_map_wrapper(
         self,
