@@ -1,1 +1,1 @@
-"""Pallas kernels of the paged operations for TPUs. There are none yet: on a TPU every operation takes `xla`."""
+"""Pallas kernels of the operations over pages and dense rows, for TPUs. See `docs/tpu.md`."""
