@@ -13,7 +13,7 @@ from jax_bridge.configs import (
     RaggedDecodeAttentionConfig,
     UnifiedAttentionConfig,
 )
-from jax_bridge.explain import explain
+from jax_bridge.explanation import explain
 from jax_bridge.kv_pages import write_kv_pages
 from jax_bridge.masks import MaskInfo
 from jax_bridge.operation import Invocation

@@ -136,6 +136,13 @@ def _ragged(invocation: Invocation, values: Values) -> Iterator[str]:
                 yield f"{name}[{row}] is {position}, expected from 0 to L = {kv_len}"
 
 
+def _dense(invocation: Invocation, values: Values) -> Iterator[str]:
+    kv_len = invocation.sizes.kv_len
+    for row, length in enumerate(values.get("key_lengths", ())):
+        if not 0 <= length <= kv_len:
+            yield f"key_lengths[{row}] is {length}, expected from 0 to K = {kv_len}"
+
+
 def _write(invocation: Invocation, values: Values) -> Iterator[str]:
     num_slots = invocation.sizes.num_pages * invocation.sizes.page_size
     seen: dict[int, int] = {}
@@ -151,5 +158,6 @@ _CHECKS: dict[str, Callable[[Invocation, Values], Iterator[str]]] = {
     "prefill_page_attention": _prefill,
     "unified_attention": _unified,
     "ragged_decode_attention": _ragged,
+    "attention": _dense,
     "write_kv_pages": _write,
 }

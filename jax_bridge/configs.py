@@ -28,6 +28,10 @@ _RULES: dict[str, tuple[Callable[[int], bool], str]] = {
     "decode_programs_per_sm": (lambda value: value >= 1, "an integer >= 1"),
     "programs_per_sm": (lambda value: value >= 1, "an integer >= 1"),
     "min_tiles_per_split": (lambda value: value >= 1, "an integer >= 1"),
+    "kv_blocksize": (lambda value: _power_of_two(value) and value >= 16, "a power of two from 16"),
+    "kv_heads_at_once": (lambda value: value >= 1, "an integer >= 1"),
+    "block_q": (lambda value: _power_of_two(value) and value >= 16, "a power of two from 16"),
+    "block_k": (lambda value: _power_of_two(value) and value >= 16, "a power of two from 16"),
 }
 _BLOCK_RULE = (_power_of_two, "a power of two")
 
@@ -59,6 +63,13 @@ class Config:
             elif value is not None:
                 object.__setattr__(self, field.name, self._checked(field.name, value))
 
+    @property
+    def is_open(self) -> bool:
+        """Whether everything but the platform and the backend is left to be chosen."""
+        names = (field.name for field in dataclasses.fields(self))  # type: ignore[arg-type]
+        values = (getattr(self, name) for name in names if name not in ("platform", "backend"))
+        return all(value is None or (isinstance(value, Config) and value.is_open) for value in values)
+
     def _check_choice(self, name: str, value: Any, choices: tuple[str, ...]) -> None:
         if value not in choices:
             raise ValueError(f"{type(self).__name__}: {name} is {value!r}, expected one of {', '.join(choices)}")
@@ -70,6 +81,18 @@ class Config:
         if not accepts(operator.index(value)):
             raise ValueError(f"{type(self).__name__}: {name} is {value!r}, expected {expected}")
         return operator.index(value)
+
+
+def completed(cfg: Any, defaults: Any) -> Any:
+    """`cfg` with the fields that it leaves open, also in configurations inside it, taken from `defaults`."""
+    changes = {}
+    for field in dataclasses.fields(cfg):
+        value, default = getattr(cfg, field.name), getattr(defaults, field.name)
+        if value is None:
+            changes[field.name] = default
+        elif isinstance(value, Config):
+            changes[field.name] = completed(value, default)
+    return dataclasses.replace(cfg, **changes) if changes else cfg
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,11 +187,14 @@ class FwdParams(Config):
     """Launch parameters of the forward pass of `ragged_decode_attention`.
 
     Attributes:
-        blocksize_heads: query heads a tile.
-        num_key_splits: pieces that the keys are divided into.
+        blocksize_heads: query heads a tile on `triton`: rows that read the keys of their KV head together. Fewer than
+            share a KV head read them several times; more leave rows empty.
+        num_key_splits: pieces that the visible keys of each row are divided into on `triton`, at most one a tile of
+            keys; if None, balanced over the batch from its ranges.
         kv_blocksize: keys a tile.
-        num_warps: warps a program.
-        num_stages: depth of the software pipeline.
+        num_warps: warps a program on `triton`.
+        num_stages: depth of the software pipeline on `triton`.
+        skip_masks: whether tiles whose keys every head sees leave out the mask on `triton`.
     """
 
     blocksize_heads: int | None = None
@@ -176,6 +202,7 @@ class FwdParams(Config):
     kv_blocksize: int | None = None
     num_warps: int | None = None
     num_stages: int | None = None
+    skip_masks: bool | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,12 +225,15 @@ class AttentionConfig(Config):
     """How `attention` runs.
 
     Attributes:
-        block_q: query rows a tile.
+        block_q: rows a tile: query tokens times the query heads that share a KV head.
         block_k: keys a tile.
         num_warps: warps a program.
         num_stages: depth of the software pipeline.
         platform: see `Config`.
         backend: see `Config`.
+        programs_per_sm: programs a streaming multiprocessor that the registers must suffice for.
+        skip_masks: whether tiles whose keys every row sees leave out the mask.
+        kv_heads_at_once: KV heads whose row tiles run side by side; their keys should fit the L2 cache.
     """
 
     block_q: int | None = None
@@ -212,6 +242,9 @@ class AttentionConfig(Config):
     num_stages: int | None = None
     platform: str = "auto"
     backend: str = "any"
+    programs_per_sm: int | None = None
+    skip_masks: bool | None = None
+    kv_heads_at_once: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -35,15 +35,27 @@ class Device:
 
     Attributes:
         name: As the driver reports it.
-        compute_capability: Major and minor version as one number, 90 for Hopper.
+        compute_capability: Major and minor version as one number, 90 for Hopper; the number of the `gfx` of an AMD GPU.
         num_sms: Streaming multiprocessors.
         shared_memory: Bytes of shared memory that one program may use.
+        vendor: `"nvidia"` or `"amd"`; kernels compile for both and are launched on NVIDIA's only.
     """
 
     name: str
     compute_capability: int
     num_sms: int
     shared_memory: int
+    vendor: str = "nvidia"
+
+    @property
+    def architecture(self) -> str:
+        """As compilers name it: `"sm_90"`, `"gfx942"`."""
+        return f"{'sm_' if self.vendor == 'nvidia' else 'gfx'}{self.compute_capability}"
+
+    @property
+    def converts_e4m3(self) -> bool:
+        """Whether it converts float8_e4m3fn; Triton has no such type on those that do not."""
+        return self.vendor == "nvidia" and self.compute_capability >= 89
 
 
 def _known(name: str, compute_capability: int, num_sms: int) -> Device:
@@ -57,6 +69,7 @@ KNOWN_DEVICES = {
     "h100": _known("NVIDIA H100", 90, 132),
     "h200": _known("NVIDIA H200", 90, 132),
     "b200": _known("NVIDIA B200", 100, 148),
+    "mi300x": Device("AMD Instinct MI300X", 942, num_sms=304, shared_memory=64 * _KIB, vendor="amd"),
 }
 DEFAULT_TARGET = "h100"
 
@@ -91,6 +104,11 @@ def current_device() -> Device:
     if name := os.environ.get(TARGET_VARIABLE):
         return _by_name(name)
     return _local_gpu() or KNOWN_DEVICES[DEFAULT_TARGET]
+
+
+def is_at_hand(device: Device) -> bool:
+    """Whether this process runs CUDA kernels on such a device, so that times taken here are its own."""
+    return device == _local_gpu()
 
 
 def _by_name(name: str) -> Device:

@@ -12,8 +12,10 @@ import jax.extend
 import jax.numpy as jnp
 from jax.interpreters import batching, mlir
 
-from jax_bridge.configs import PLATFORMS, Config
+from jax_bridge import tuned_configs
+from jax_bridge.configs import PLATFORMS, Config, completed
 from jax_bridge.device import Device, current_device
+from jax_bridge.tuned_configs import Choice
 from jax_bridge.validation import FLOAT, describe, to_int32
 
 Outputs = jax.Array | tuple[jax.Array, ...]
@@ -85,11 +87,19 @@ class Implementation:
 
 @dataclasses.dataclass(frozen=True)
 class Branch:
-    """An implementation with everything static that its program depends on besides the arguments."""
+    """An implementation with everything static that its program depends on besides the arguments.
+
+    Attributes:
+        implementation: what runs.
+        cfg: the configuration, complete where the implementation has heuristics.
+        device: the device that it is specialised for, if the implementation has heuristics.
+        source: where the fields come from that the call leaves open, in words; None where nothing was to be chosen.
+    """
 
     implementation: Implementation
     cfg: Config
     device: Device | None
+    source: str | None = dataclasses.field(default=None, compare=False)  # two calls that differ in it share a program
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,15 +168,30 @@ class Operation(abc.ABC):
 
         The platform is the one that `"auto"` takes there; without a configurable implementation all fields stay open.
         """
-        implementation = self._configurable(invocation)
+        implementation = self.configurable(invocation)
         if implementation is None or implementation.heuristic_cfg is None:
             return self.config_type()
         return implementation.heuristic_cfg(invocation, current_device())
 
     def candidate_cfgs(self, invocation: Invocation) -> tuple[Config, ...]:
-        """The configurations worth timing for this call, on the GPU at hand or the target device."""
-        implementation = self._configurable(invocation)
-        return () if implementation is None else implementation.candidate_cfgs(invocation, current_device())
+        """The configurations worth timing for this call, on the GPU at hand or the target device.
+
+        The first is the one of `heuristic_cfg`, and the only one where there is nothing to choose.
+        """
+        implementation = self.configurable(invocation)
+        return self.candidates_of(implementation, invocation)
+
+    def candidates_of(self, row: Implementation | None, invocation: Invocation) -> tuple[Config, ...]:
+        """As `candidate_cfgs`, for the implementation `row`."""
+        if row is None or row.heuristic_cfg is None:
+            return (self._open_cfg,)
+        device = current_device()
+        return tuple(dict.fromkeys((row.heuristic_cfg(invocation, device), *row.candidate_cfgs(invocation, device))))
+
+    def configurable(self, invocation: Invocation) -> Implementation | None:
+        """The kernel for a GPU or else a TPU that supports a call, if there is one."""
+        usable = (self.implementation(platform) for platform in _LOWERING_NAMES)
+        return next((row for row in usable if row is not None and row.lacks(invocation) is None), None)
 
     def implementation(self, platform: str) -> Implementation | None:
         """The implementation for a platform, if there is one."""
@@ -189,31 +214,50 @@ class Operation(abc.ABC):
             raise ValueError(f"{self.name}: cfg.backend is {backend!r}, expected {expected}")
         return requested
 
-    def branches(self, invocation: Invocation, requested: str, cfg: Config | None) -> tuple[Branch, ...]:
-        """The implementations that a call may run: one, or for `"auto"` one for each platform to lower for."""
+    def branches(
+        self, invocation: Invocation, requested: str, cfg: Config | None, *, may_tune: bool = True
+    ) -> tuple[Branch, ...]:
+        """The implementations that a call may run: one, or for `"auto"` one for each platform to lower for.
+
+        Args:
+            invocation: the checked call.
+            requested: what `requested_platform` answered.
+            cfg: the configuration that the call names, or None.
+            may_tune: whether the policy `"autotune"` is followed.
+        """
+        may_tune = tuned_configs.policy() == "autotune" and may_tune
         rows: tuple[Implementation, ...]
         if requested == "auto":
             rows = self._automatic(invocation, "any" if cfg is None else cfg.backend)
         else:
             rows = (self._supported(invocation, requested),)
-        return tuple(self._branch(row, invocation, cfg) for row in rows)
+        return tuple(self._branch(row, invocation, cfg, may_tune) for row in rows)
 
     @functools.cached_property
     def _open_cfg(self) -> Config:
         return self.config_type()
 
-    def _configurable(self, invocation: Invocation) -> Implementation | None:
-        usable = (self.implementation(platform) for platform in _LOWERING_NAMES)
-        return next((row for row in usable if row is not None and row.lacks(invocation) is None), None)
+    def _branch(self, row: Implementation, invocation: Invocation, cfg: Config | None, may_tune: bool) -> Branch:
+        """Explicit configuration before tuned one, in memory or on disk, before autotuning before heuristics.
 
-    def _branch(self, row: Implementation, invocation: Invocation, cfg: Config | None) -> Branch:
-        """Explicit configuration before tuned one before heuristics, field by field."""
+        A configuration that leaves fields open gets these from what comes next; autotuning is for those that fix none.
+        """
         if row.heuristic_cfg is None:
             return Branch(row, cfg or self._open_cfg, None)
         device = current_device()
-        chosen = _tuned.get(_tuning_key(invocation, device)) if _tuned else None
-        chosen = chosen or row.heuristic_cfg(invocation, device)
-        return Branch(row, chosen if cfg is None else completed(cfg, chosen), device)
+        heuristic_cfg = functools.partial(row.heuristic_cfg, invocation, device)
+        choice = tuned_configs.find(invocation, row.platform, device, heuristic_cfg)
+        if choice is None and may_tune and (cfg is None or cfg.is_open):
+            from jax_bridge import tuning  # builds on operations
+
+            choice = tuning.autotuned(self, row, invocation, device)
+        if choice is None:
+            key = (row.heuristic_cfg, tuned_configs.call_key(invocation, row.platform, device))
+            if (choice := _heuristic_choices.get(key)) is None:
+                choice = Choice(heuristic_cfg(), f"heuristics for {device.name}")
+                _heuristic_choices[key] = choice
+        chosen = choice.cfg if cfg is None else completed(cfg, choice.cfg)
+        return Branch(row, chosen, device, choice.source)
 
     def _supported(self, invocation: Invocation, platform: str) -> Implementation:
         row = self.implementation(platform)
@@ -244,33 +288,14 @@ class Operation(abc.ABC):
         return (*kernels, xla)
 
 
-_tuned: dict[tuple[Any, ...], Config] = {}  # what `tune` found in this process
-
-
-def _tuning_key(invocation: Invocation, device: Device) -> tuple[Any, ...]:
-    dtypes = tuple((name, None if a is None else str(a.dtype)) for name, a in sorted(invocation.arrays.items()))
-    return (invocation.operation, invocation.options, invocation.sizes, dtypes, device)
-
-
-def remember_tuned(invocation: Invocation, cfg: Config) -> None:
-    """Take `cfg` from now on for calls like this one that name none."""
-    _tuned[_tuning_key(invocation, current_device())] = cfg
-
-
-def completed(cfg: Any, defaults: Any) -> Any:
-    """`cfg` with the fields that it leaves open taken from `defaults`."""
-    open_fields = {
-        field.name: getattr(defaults, field.name)
-        for field in dataclasses.fields(cfg)
-        if getattr(cfg, field.name) is None
-    }
-    return dataclasses.replace(cfg, **open_fields) if open_fields else cfg
+_heuristic_choices: dict[Any, Choice] = {}  # heuristics are pure, and eager calls are many
 
 
 def is_usable(row: Implementation) -> bool:
     """Whether `"auto"` may take a kernel: what it needs is installed, and it is compiled, not interpreted."""
-    interpreted = row.platform == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
-    return not interpreted and row.is_available()
+    if row.platform == "triton" and (os.environ.get("TRITON_INTERPRET") == "1" or current_device().vendor != "nvidia"):
+        return False
+    return row.is_available()
 
 
 INDEX_ARGUMENTS = frozenset(
@@ -284,6 +309,7 @@ INDEX_ARGUMENTS = frozenset(
         "sequence_start",
         "sequence_end",
         "slot_mapping",
+        "key_lengths",
     }
 )
 _SCORE_TERMS = frozenset({"attention_sink", "alibi_slopes", "qq_bias", "softmax_aux", "bias"})

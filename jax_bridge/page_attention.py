@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import jax
 
 import reference
-from jax_bridge import launch, paged_heuristics, paged_launch
+from jax_bridge import launch, paged_heuristics, paged_launch, tpu_launch
 from jax_bridge.configs import PageAttentionConfig
 from jax_bridge.device import Device
 from jax_bridge.operation import Implementation, Invocation, Operation, Outputs, window_argument
@@ -75,6 +75,23 @@ def _triton(invocation: Invocation, cfg: PageAttentionConfig, device: Device) ->
     return (out, lse) if options.return_lse else out
 
 
+_PALLAS_NAMES = tpu_launch.PagedNames("query", "context_lens", "block_tables", is_packed=False)
+
+
+def _pallas_blocks(invocation: Invocation, cfg: PageAttentionConfig) -> tpu_launch.BlockSizes:
+    pages = invocation.options.pages_per_compute_block
+    return tpu_launch.BlockSizes(keys=cfg.block_n if pages is None else pages * invocation.sizes.page_size)
+
+
+def _pallas(invocation: Invocation, cfg: PageAttentionConfig, device: Device | None) -> Outputs:
+    del device
+    return tpu_launch.attend_pages(invocation, _PALLAS_NAMES, _pallas_blocks(invocation, cfg))
+
+
+def _pallas_lacks(invocation: Invocation) -> str | None:
+    return tpu_launch.lacks(invocation, _PALLAS_NAMES, _pallas_blocks(invocation, PageAttentionConfig()))
+
+
 def _triton_lacks(invocation: Invocation) -> str | None:
     return tpu_hint(invocation) or paged_launch.lacks(invocation.sizes, invocation.arrays["key_cache"].dtype)
 
@@ -107,6 +124,7 @@ class PageAttention(Operation):
             candidate_cfgs=_triton_candidates,
             is_available=launch.available,
         ),
+        Implementation("pallas", _pallas, lacks=_pallas_lacks),
         Implementation("xla", _xla, lacks=tpu_hint),
     )
 

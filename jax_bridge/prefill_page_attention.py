@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 import reference
-from jax_bridge import launch, paged_heuristics, paged_launch
+from jax_bridge import launch, paged_heuristics, paged_launch, tpu_launch
 from jax_bridge.configs import PrefillPageAttentionConfig
 from jax_bridge.device import Device
 from jax_bridge.operation import Implementation, Invocation, Operation, Outputs, window_argument
@@ -54,6 +54,19 @@ def _triton(invocation: Invocation, cfg: PrefillPageAttentionConfig, device: Dev
     return (out, lse) if options.return_lse else out
 
 
+_PALLAS_NAMES = tpu_launch.PagedNames("query", "context_len", "page_indices")
+
+
+def _pallas(invocation: Invocation, cfg: PrefillPageAttentionConfig, device: Device | None) -> Outputs:
+    del device
+    blocks = tpu_launch.block_sizes(cfg, invocation.sizes.group_size)
+    return tpu_launch.attend_pages(invocation, _PALLAS_NAMES, blocks)
+
+
+def _pallas_lacks(invocation: Invocation) -> str | None:
+    return tpu_launch.lacks(invocation, _PALLAS_NAMES)
+
+
 def _triton_lacks(invocation: Invocation) -> str | None:
     return paged_launch.lacks(invocation.sizes, invocation.arrays["key_cache"].dtype)
 
@@ -86,6 +99,7 @@ class PrefillPageAttention(Operation):
             candidate_cfgs=_triton_candidates,
             is_available=launch.available,
         ),
+        Implementation("pallas", _pallas, lacks=_pallas_lacks),
         Implementation("xla", _xla),
     )
 

@@ -1,9 +1,11 @@
 """Operations under `jax.shard_map`: sharded over axes whose parts need nothing of one another."""
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from jax_bridge.operation import Invocation, Operation
@@ -94,6 +96,36 @@ def shard_map_wrapper(
         check_vma=False,
     )
     return function, tuple(arrays.values())
+
+
+def split_sharding(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Keyword arguments of an operation: without those of sharding, and only those if any of them is given."""
+    names = ("mesh", "in_specs", "out_specs")
+    others = {name: value for name, value in options.items() if name not in names}
+    is_sharded = any(options.get(name) is not None for name in names)
+    return others, {name: options.get(name) for name in names} if is_sharded else {}
+
+
+def invocation_of_a_shard(
+    operation: Operation, args: Sequence[Any], options: Mapping[str, Any], sharding: Mapping[str, Any]
+) -> Invocation:
+    """What the operation gets on one device of a mesh."""
+    if not hasattr(operation, "create_shard_map_wrapper"):
+        given = ", ".join(name for name, value in sharding.items() if value is not None)
+        raise TypeError(f"{operation.name}: {given} given, expected none: use it inside jax.shard_map")
+    invocations: list[Invocation] = []
+
+    def run(*shards: Any, platform: Any, cfg: Any, **options: Any) -> Any:
+        del platform, cfg
+        invocations.append(operation.invocation(*shards, **options))
+        outputs = operation.outputs(invocations[-1])
+        return jax.tree.map(lambda output: jnp.zeros(output.shape, output.dtype), outputs)
+
+    recorder: Any = copy.copy(operation)
+    recorder.run = run
+    function, arrays = recorder.create_shard_map_wrapper(*args, **options, **sharding)
+    jax.eval_shape(function, *arrays)
+    return invocations[-1]
 
 
 def _aligned_specs(

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 import reference
-from jax_bridge import launch, paged_heuristics, paged_launch
+from jax_bridge import launch, paged_heuristics, paged_launch, tpu_launch
 from jax_bridge.configs import UnifiedAttentionConfig
 from jax_bridge.device import Device
 from jax_bridge.operation import Implementation, Invocation, Operation, Outputs, window_argument
@@ -69,6 +69,19 @@ def _triton(invocation: Invocation, cfg: UnifiedAttentionConfig, device: Device)
     return (out, lse) if options.return_lse else out
 
 
+_PALLAS_NAMES = tpu_launch.PagedNames("queries", "kv_lens", "block_tables", starts="query_start_loc")
+
+
+def _pallas(invocation: Invocation, cfg: UnifiedAttentionConfig, device: Device | None) -> Outputs:
+    del device
+    blocks = tpu_launch.block_sizes(cfg, invocation.sizes.group_size)
+    return tpu_launch.attend_pages(invocation, _PALLAS_NAMES, blocks, is_causal=invocation.options.causal)
+
+
+def _pallas_lacks(invocation: Invocation) -> str | None:
+    return tpu_launch.lacks(invocation, _PALLAS_NAMES)
+
+
 def _triton_lacks(invocation: Invocation) -> str | None:
     return paged_launch.lacks(invocation.sizes, invocation.arrays["key_cache"].dtype)
 
@@ -101,6 +114,7 @@ class UnifiedAttention(Operation):
             candidate_cfgs=_triton_candidates,
             is_available=launch.available,
         ),
+        Implementation("pallas", _pallas, lacks=_pallas_lacks),
         Implementation("xla", _xla),
     )
 
