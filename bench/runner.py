@@ -141,7 +141,7 @@ class Bench:
         calls, chunks = case.rotation(self.max_calls)
         plain_sets = argument_sets(case, pool.pages, calls * chunks)
         check = build_check(case, pool.caches, pool.layout, plain_sets[0]) if self.check else None
-        sets = [_call_arrays(case, plain_set) for plain_set in plain_sets]
+        sets = [call_arrays(case, plain_set) for plain_set in plain_sets]
         outcome = Outcome([], check)
         for name, executable in compiled.items():
             measurement, output = self._time(name, executable, sets, pool, check, sampling)
@@ -188,7 +188,7 @@ class Bench:
         return quick._replace(measurements=[settled.get(m.config, m) for m in quick.measurements])
 
 
-def _call_arrays(case: AttentionCase, arguments: ArgumentSet) -> tuple[Any, ...]:
+def call_arrays(case: AttentionCase, arguments: ArgumentSet) -> tuple[Any, ...]:
     """What one call gets after the caches: query, kv_lens, query_start_loc, block_tables, sinks."""
     sinks = case.sink_logits
     return (
@@ -201,7 +201,7 @@ def _call_arrays(case: AttentionCase, arguments: ArgumentSet) -> tuple[Any, ...]
 
 
 def _call_shapes(case: AttentionCase) -> tuple[Any, ...]:
-    """Shapes and dtypes of `_call_arrays`."""
+    """Shapes and dtypes of `call_arrays`."""
     return (
         jax.ShapeDtypeStruct((case.num_tokens, case.num_q_heads, case.head_dim), jnp.bfloat16),
         jax.ShapeDtypeStruct((case.num_seqs,), jnp.int32),

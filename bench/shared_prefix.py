@@ -1,0 +1,172 @@
+"""A prefix that many sequences share, attended once for all of them, beside one flat call.
+
+Decodes one token of each sequence in bfloat16. Every timed output is checked against the float32 reference first.
+
+    python -m bench.shared_prefix --json shared_prefix.json
+    JAX_PLATFORMS=cpu python -m bench.shared_prefix --sequences 4 --own 24 --shared 32,64 --platform xla --pool-gb 0.05
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from bench.cases import ArgumentSet, AttentionCase, argument_sets, num_pool_pages, parse_case
+from bench.check import ROW_TOLERANCE, build_check
+from bench.runner import Pool
+from bench.timing import Timing, compile_program, copy_bandwidth, describe_machine, measure_program
+from jax_bridge import merge_attention_states, unified_attention
+
+SHARED = (512, 1024, 2048, 4096, 8192, 16384, 32768)
+LAYOUT = "PTHD"
+
+
+def attend_shared_prefix(
+    queries: jax.Array,
+    key_cache: jax.Array,
+    value_cache: jax.Array,
+    prefix_len: jax.Array,
+    prefix_pages: jax.Array,
+    own_lens: jax.Array,
+    own_tables: jax.Array,
+    query_start_loc: jax.Array,
+    **options: Any,
+) -> tuple[jax.Array, jax.Array]:
+    """Causal attention of sequences whose first `prefix_len` tokens stand in the same pages.
+
+    Args:
+        queries: `[T, Hq, D]`, packed as for `unified_attention`; new tokens come after the prefix.
+        key_cache: `[P, ps, Hkv, D]`.
+        value_cache: `[P, ps, Hkv, Dv]`.
+        prefix_len: integer `[1]`.
+        prefix_pages: integers `[1, prefix pages]`.
+        own_lens: integers `[S]`, tokens of each sequence behind the prefix, the new ones included.
+        own_tables: integers `[S, own pages]`, their pages.
+        query_start_loc: integers `[S + 1]`.
+        **options: of `unified_attention`, but no windows and no ALiBi, which count positions across both parts.
+
+    Returns:
+        The output `[T, Hq, Dv]` and the LSE `[T, Hq]`.
+    """
+    attend = functools.partial(unified_attention, queries, key_cache, value_cache, return_lse=True)
+    # Sinks count once, and the bias is between new tokens.
+    own_options = {name: options.pop(name, None) for name in ("attention_sink", "qq_bias")}
+    # One sequence of all rows: its keys are read once, and every row sees all of them.
+    every_row = query_start_loc[jnp.array([0, -1])]
+    prefix = attend(prefix_len, prefix_pages, every_row, causal=False, **options)
+    own = attend(own_lens, own_tables, query_start_loc, **own_options, **options)
+    merged: tuple[jax.Array, jax.Array] = merge_attention_states(*prefix, *own, platform=options.get("platform"))
+    return merged
+
+
+def share_prefix(case: AttentionCase, arguments: ArgumentSet, shared: int) -> ArgumentSet:
+    """The same tables, all of which begin with the pages that the first one begins with."""
+    tables = arguments.block_tables.copy()
+    tables[:, : shared // case.page_size] = tables[0, : shared // case.page_size]
+    return ArgumentSet(arguments.query, tables)
+
+
+def _flat(platform: str, *arrays: Any) -> jax.Array:
+    key_cache, value_cache, queries, lens, tables, starts = arrays
+    attended: jax.Array = unified_attention(
+        queries, key_cache, value_cache, lens, tables, starts, kv_layout=LAYOUT, platform=platform
+    )
+    return attended
+
+
+def _recipe(shared: int, page_size: int, platform: str, *arrays: Any) -> jax.Array:
+    key_cache, value_cache, queries, lens, tables, starts = arrays
+    pages = shared // page_size
+    attended, _ = attend_shared_prefix(
+        queries,
+        key_cache,
+        value_cache,
+        jnp.array([shared]),
+        tables[:1, :pages],
+        lens - shared,
+        tables[:, pages:],
+        starts,
+        kv_layout=LAYOUT,
+        platform=platform,
+    )
+    return attended
+
+
+def time_shared_length(shared: int, pool: Pool, case: AttentionCase, options: argparse.Namespace) -> dict[str, Timing]:
+    """Both ways over argument sets that rotate through the pool.
+
+    Raises:
+        ArithmeticError: an output is wrong.
+    """
+    calls, chunks = case.rotation(options.max_calls)
+    sets = [share_prefix(case, arguments, shared) for arguments in argument_sets(case, pool.pages, calls * chunks)]
+    check = build_check(case, pool.caches, pool.layout, sets[0])
+    starts, lens = jnp.asarray(case.query_start_loc), jnp.array(case.lengths, jnp.int32)
+    arrays = [(jnp.asarray(s.query, jnp.bfloat16), lens, jnp.asarray(s.block_tables), starts) for s in sets]
+    ways: dict[str, Callable[..., jax.Array]] = {
+        "flat": functools.partial(_flat, options.platform),
+        "recipe": functools.partial(_recipe, shared, case.page_size, options.platform),
+    }
+    timings = {}
+    for name, way in ways.items():
+        program = compile_program(way, arrays, shared=pool.caches, calls_per_program=calls)
+        if not (error := check.error(program.run(0)[0])) <= ROW_TOLERANCE:
+            raise ArithmeticError(f"{name} over {shared} shared tokens: row error {error:.2e}, allowed {ROW_TOLERANCE}")
+        timings[name] = measure_program(program, repeats=options.repeats, sample_seconds=options.sample_ms / 1e3)
+    return timings
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.shared_prefix", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--shared", default=",".join(map(str, SHARED)), help="shared tokens by commas: whole pages")
+    parser.add_argument("--sequences", type=int, default=64)
+    parser.add_argument("--own", type=int, default=256, help="tokens of each sequence behind the prefix")
+    parser.add_argument("--platform", default="triton")
+    parser.add_argument("--pool-gb", type=float, default=24.0, help="K and V cache together")
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--sample-ms", type=float, default=30.0)
+    parser.add_argument("--max-calls", type=int, default=64, help="calls in one program at most")
+    parser.add_argument("--json", type=Path, help="store all numbers here")
+    options = parser.parse_args(arguments)
+    options.shared = [int(length) for length in options.shared.split(",")]
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse_arguments(arguments)
+    cases = [parse_case(f"{options.sequences}x{shared + options.own}") for shared in options.shared]
+    pool = Pool.build(cases[0].geometry, num_pool_pages(cases, options.pool_gb * 1e9), LAYOUT)
+    facts = describe_machine()
+    rates = copy_bandwidth(min(1 << 30, int(options.pool_gb * 1e9 / 4)), repeats=options.repeats)
+    for name, fact in facts.items():
+        print(f"{name}: {fact}")
+    print("copy: " + ", ".join(f"{name} {rate / 1e12:.3f} TB/s" for name, rate in rates.items()))
+    print(
+        f"{options.sequences} sequences of {options.own} own tokens, bfloat16, 32 query and 8 KV heads of width 128\n"
+    )
+    print("| shared tokens | flat us | recipe us | flat / recipe |")
+    print("|---|---|---|---|")
+    rows = []
+    for shared, case in zip(options.shared, cases, strict=True):
+        timings = time_shared_length(shared, pool, case, options)
+        flat, recipe = (timings[name].median for name in ("flat", "recipe"))
+        print(f"| {shared} | {flat * 1e6:.1f} | {recipe * 1e6:.1f} | {flat / recipe:.2f} |", flush=True)
+        rows.append({"shared": shared, **{name: timing.median for name, timing in timings.items()}})
+    if options.json:
+        sizes = {"sequences": options.sequences, "own": options.own}
+        options.json.write_text(json.dumps({"facts": facts, "copy": rates, **sizes, "seconds": rows}, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
