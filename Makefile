@@ -12,7 +12,7 @@ SUITABLE := -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 12)
 CANDIDATES := $(or $(PYTHON),python3.12 python3.13 python3.14 python3 python \
 	$(wildcard $(HOME)/.pyenv/versions/3.1[2-9]*/bin/python3))
 
-.PHONY: demo test test-full lint bench set-up
+.PHONY: demo test test-full lint bench bench-suite baseline set-up
 .DELETE_ON_ERROR:
 
 # A day of a production chat service, replayed through paged attention.
@@ -24,10 +24,14 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	TRITON_INTERPRET=1 XLA_FLAGS="$$XLA_FLAGS --xla_backend_optimization_level=0" \
 	    $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not compile" $(ARGS)
-	env -u TRITON_INTERPRET $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m compile tests/test_compile_gpu.py tests/test_launch.py
+	env -u TRITON_INTERPRET $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m compile \
+	    tests/test_compile_gpu.py tests/test_compile_attention.py tests/test_compile_cache.py \
+	    tests/test_static_baseline.py tests/test_explain.py \
+	    tests/test_launch.py
 
 # Every case in every dtype, and hundreds of drawn problems for each operation: hours.
 test-full: export HYPOTHESIS_PROFILE = full
+test-full: override ARGS += -o faulthandler_timeout=0
 test-full: test
 
 lint: $(INSTALLED)
@@ -35,8 +39,16 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
+# Stores what the kernels compile to, after a change that is meant.
+baseline: $(INSTALLED)
+	$(BIN)/python -m bench.static --write
+
 bench: $(INSTALLED)
 	$(BIN)/python -m bench.decode $(ARGS)
+
+# What pytest-benchmark is asked for goes into ARGS.
+bench-suite: $(INSTALLED)
+	$(BIN)/python -m pytest -o python_files='bench_*.py' -p no:xdist $(ARGS) bench
 
 set-up: $(INSTALLED)
 

@@ -123,7 +123,8 @@ class Case:
     kv_scale: Literal["none", "scalar", "head"] = "none"
     bias: tuple[bool, bool, bool] | None = None
     """Dense: which of the axes B, Hq, Q of the bias have their full size; None is no bias."""
-    mask: Literal["none", "shared", "heads", "segments"] = "none"
+    mask: Literal["none", "shared", "heads", "segments", "lengths"] = "none"
+    """Dense: a boolean mask for all heads or one a head, segments, or key lengths."""
     return_lse: bool = False
     return_weights: bool = False
     num_splits: int = 0
@@ -169,7 +170,9 @@ class Case:
             "k_scale": self.kv_scale != "none",
             "v_scale": self.kv_scale != "none",
             "bias": self.bias is not None,
-            "mask_info": self.mask != "none",
+            "mask_info": self.mask in ("shared", "heads"),
+            "segments": self.mask == "segments",
+            "key_lengths": self.mask == "lengths",
             "return_lse": self.return_lse,
             "return_weights": self.return_weights,
             "causal": not self.causal and self.operation == "unified_attention",
@@ -334,6 +337,12 @@ EDGE_CASES: tuple[Case, ...] = (
     _dense("bias_mask", bias=(False, True, True), mask="heads"),
     _dense("bias_row", bias=(True, False, False), soft_cap=2.0, query_gain=4.0),
     _dense("segments", mask="segments", query_lens=(37,)),
+    _dense("segments_window", mask="segments", query_lens=(37,), causal=True, window=(6, 0)),
+    _dense("lengths", mask="lengths", batch=3, sinks=1),
+    _dense("lengths_causal", mask="lengths", batch=3, query_lens=(37,), causal=True, num_q_heads=6),
+    _dense("rows_behind_keys", query_lens=(60,), kv_lens=(20,), window=(7, 3), soft_cap=3.0, query_gain=4.0),
+    _dense("far_below_zero", negative_logits=True, query_lens=(30,), window=(9, 2)),
+    _dense("head_dim_72", head_dim=72, num_q_heads=5, num_kv_heads=1, causal=True),
     _dense("window_both_sides", window=(5, 9), query_lens=(30,)),
     _dense("window_int", window=4, query_lens=(30,)),
     _dense("shared_sinks", sinks=3, shared_sinks=True),

@@ -68,10 +68,26 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 SAMPLED = {
+    r"test_properties\.py.*ragged_decode_attention\[triton\]": 3,
+    r"test_nvidia\[ragged": 2,
     r"test_packed_properties": 4,
+    r"test_dense_attention": 3,
+    r"test_planted_cache_bugs": 3,
+    r"test_ragged_decode": 2,
+    r"test_compile_tpu": 3,
+    r"test_compile_attention": 2,
     r"test_planted_bugs": 3,
     r"test_packed_on_nvidia": 2,
     r"test_matches_float64\[(unified|prefill_page)_attention\[triton\]-.*-float32": 3,
+    r"test_matches_float64\[attention\[triton\]-.*-float32": 2,
+    r"test_matches_float64\[ragged_decode_attention\[triton\]-.*-float32": 2,
+    r"test_matches_float64\[.*\[pallas\]-": 9,
+    r"test_properties\.py.*\[pallas\]": 6,
+    r"test_tpu_kernels\.py.*(caught|hints_change)": 6,
+    r"test_default_blocks_fit_the_smallest_chip\[unified": 8,
+    r"test_llama_compiles_as_xla_lays_its_arrays_out": 3,
+    r"test_right_where_taken": 4,
+    r"test_right_where_taken\[.*-pallas-": 8,
 }
 """Tests of which a run without HYPOTHESIS_PROFILE=full takes one in so many, always the same ones."""
 
@@ -96,3 +112,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in left_out]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Says how many calls the TPU's compiler took."""
+    passed = [report.nodeid for report in terminalreporter.stats.get("passed", ()) if report.when == "call"]
+    if compiled := sum("test_compile_tpu" in name and "compiles" in name for name in passed):
+        terminalreporter.write_line(f"{compiled} TPU variants compiled")

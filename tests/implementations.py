@@ -12,14 +12,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import jax_bridge
 from jax_bridge.device import Device
-from tests import quick_interpreter
-from tests.cases import OPERATIONS, PAGED
+from tests import quick_interpreter, tpu_interpreter
+from tests.cases import OPERATIONS
 from tests.dense_form import Result
 from tests.inputs import POSITIONAL, Call
 from tests.poison import Array
@@ -46,11 +47,21 @@ SMALL_TILES: dict[str, dict[str, Any]] = {
         "decode_block_n": 16,
         "min_tiles_per_split": 1,
     },
+    "ragged_decode_attention": {"kv_blocksize": 16},
+    "attention": {"block_q": 16, "block_k": 16, "skip_masks": True},
 }
 """Tiles with which a small call has many of them."""
 
-SMALL_DEVICE = Device("one multiprocessor", compute_capability=90, num_sms=1, shared_memory=227 * 1024)
-"""A device with which programs have several work items each, and there are few of them."""
+SMALL_TPU_BLOCKS: dict[str, Any] = {
+    "page_attention": jax_bridge.PageAttentionConfig(block_n=32),
+    "prefill_page_attention": jax_bridge.PrefillPageAttentionConfig(block_m=16, block_n=32),
+    "unified_attention": jax_bridge.UnifiedAttentionConfig(block_m=16, block_n=32),
+    "ragged_decode_attention": jax_bridge.RaggedDecodeAttentionConfig(jax_bridge.FwdParams(kv_blocksize=16)),
+}
+"""Blocks with which a small call on a TPU has many of them."""
+
+SMALL_DEVICE = Device("three multiprocessors", compute_capability=90, num_sms=3, shared_memory=227 * 1024)
+"""A device with which a small call has several shares, and few of them."""
 
 
 def small_tiles(operation: str, **fields: Any) -> Any:
@@ -59,8 +70,11 @@ def small_tiles(operation: str, **fields: Any) -> Any:
         "page_attention": jax_bridge.PageAttentionConfig,
         "prefill_page_attention": jax_bridge.PrefillPageAttentionConfig,
         "unified_attention": jax_bridge.UnifiedAttentionConfig,
+        "ragged_decode_attention": jax_bridge.FwdParams,
+        "attention": jax_bridge.AttentionConfig,
     }[operation]
-    return config_type(**(SMALL_TILES[operation] | fields))
+    made = config_type(**(SMALL_TILES[operation] | fields))
+    return jax_bridge.RaggedDecodeAttentionConfig(made) if isinstance(made, jax_bridge.FwdParams) else made
 
 
 @dataclass(frozen=True)
@@ -98,7 +112,11 @@ class Implementation:
         """What the operation itself answers; `options` go to it beside those of the call."""
         function: Callable[..., Any] = getattr(jax_bridge, self.operation)
         arrays, keywords = arguments(call)
-        return function(*arrays, **keywords, **{"platform": self.platform, **options})
+        if self.platform != "pallas":
+            return function(*arrays, **keywords, **{"platform": self.platform, **options})
+        with tpu_interpreter.strict(tpu_interpreter.mode_of(call.case)):
+            asked = {"platform": self.platform, "cfg": SMALL_TPU_BLOCKS[self.operation], **options}
+            return jax.block_until_ready(function(*arrays, **keywords, **asked))
 
 
 def to_device(array: Array | None) -> Any:
@@ -110,9 +128,12 @@ def arguments(call: Call) -> tuple[list[Any], dict[str, Any]]:
     keywords: dict[str, Any] = {**call.options, **{k: to_device(v) for k, v in call.keyword_arrays().items()}}
     if call.operation == "attention":
         keywords.pop("mask", None)
-        segments = [keywords.pop(name, None) for name in ("q_segment_ids", "kv_segment_ids")]
+        lengths, *segments = (keywords.pop(name, None) for name in ("key_lengths", "q_segment_ids", "kv_segment_ids"))
         if segments[0] is not None:
             keywords["mask_info"] = jax_bridge.MaskInfo.from_segments(*segments)
+        elif lengths is not None:
+            sizes = (call.case.query_lens[0], call.case.kv_lens[0])
+            keywords["mask_info"] = jax_bridge.MaskInfo.from_key_lengths(lengths, *sizes)
         elif call.arrays["mask"] is not None:
             keywords["mask_info"] = jax_bridge.MaskInfo.from_attention_mask(to_device(call.arrays["mask"]))
     return [to_device(array) for array in call.positional()], keywords
@@ -153,12 +174,14 @@ def _row(operation: str, platform: str, *runs_on: str, lacks: frozenset[str] = f
 
 IMPLEMENTATIONS: tuple[Implementation, ...] = (
     *(_row(operation, "xla", CPU, GPU) for operation in OPERATIONS),
-    *(_row(operation, "triton", INTERPRETER, GPU) for operation in PAGED),
+    *(_row(operation, "triton", INTERPRETER, GPU) for operation in OPERATIONS[:4]),
+    *(_row(operation, "pallas", CPU) for operation in OPERATIONS[:4]),
+    _row("attention", "triton", INTERPRETER, GPU, lacks=frozenset({"bias", "mask_info", "return_weights"})),
 )
-"""The attention operations. Cache writes and merging have their own tables: they are no attention."""
+"""The attention operations. Cache writes and merging are no attention: see `cache_problems`."""
 
-CACHE_WRITERS: tuple[str, ...] = ("xla",)
-MERGERS: tuple[str, ...] = ("xla",)
+CACHE_PLATFORMS: tuple[str, ...] = ("xla", "triton") if importlib.util.find_spec("triton") else ("xla",)
+"""The platforms that write caches and merge states."""
 
 
 def implementations_of(*operations: str) -> tuple[Implementation, ...]:

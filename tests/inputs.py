@@ -265,7 +265,7 @@ def _ragged(case: Case, rng: np.random.Generator, poisoned: bool) -> Call:
 
 
 def _mask(case: Case, rng: np.random.Generator) -> tuple[Array | None, dict[str, Array]]:
-    """The boolean mask `[B, 1 or Hq, Q, K]` with a row and a key that see nothing, or segment ids."""
+    """The boolean mask `[B, 1 or Hq, Q, K]` with a row and a key that see nothing; beside it segments or lengths."""
     rows, keys = case.query_lens[0], case.kv_lens[0]
     if case.mask == "none":
         return None, {}
@@ -276,6 +276,11 @@ def _mask(case: Case, rng: np.random.Generator) -> tuple[Array | None, dict[str,
         key_ids[:, -3:] = -1
         mask = (query_ids[:, :, None] == key_ids[:, None, :]) & (query_ids[:, :, None] >= 0)
         return mask[:, None], {"q_segment_ids": query_ids, "kv_segment_ids": key_ids}
+    if case.mask == "lengths":
+        lengths = rng.integers(0, keys + 1, case.batch).astype(np.int32)
+        lengths[:1] = 0
+        mask = np.arange(keys) < lengths[:, None, None, None]
+        return np.broadcast_to(mask, (case.batch, 1, rows, keys)), {"key_lengths": lengths}
     heads = case.num_q_heads if case.mask == "heads" else 1
     mask = rng.random((case.batch, heads, rows, keys)) < 0.6
     mask[:, :, rows // 2, :] = False

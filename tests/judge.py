@@ -21,7 +21,8 @@ HINTS = frozenset({"num_splits", "max_context_len", "dtype"})
 def oracle_result(call: Call) -> Result:
     """What `oracle` answers, as rows. Slow: plain loops."""
     keywords: dict[str, Any] = {name: value for name, value in call.options.items() if name not in HINTS}
-    keywords |= {name: value for name, value in call.keyword_arrays().items() if not name.endswith("segment_ids")}
+    masked_by = ("q_segment_ids", "kv_segment_ids", "key_lengths")  # the oracle is given the mask
+    keywords |= {name: value for name, value in call.keyword_arrays().items() if name not in masked_by}
     answer = getattr(oracle, call.operation)(*call.positional(), **keywords)
     return rows_of(call, *(answer if isinstance(answer, tuple) else (answer,)))
 

@@ -4,9 +4,11 @@ Written from the contract alone, importing no code of this project. Signatures a
 cannot change a result. Every function answers float64, except the write, which answers the caches.
 """
 
+import functools
 import math
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 Float64 = np.ndarray
@@ -359,6 +361,7 @@ def attention(
     return (out, weights) if return_weights else out
 
 
+@functools.cache
 def representable(dtype: Any) -> Float64:
     """All finite values of an 8-bit dtype, ascending."""
     values = np.arange(256, dtype=np.uint8).view(np.dtype(dtype)).astype(np.float64)
@@ -399,6 +402,9 @@ def write_kv_pages(
                 stored = token[head] / head_scale(scale, head)
                 if cache.dtype.itemsize == 1:
                     stored = np.array([nearest(x, cache.dtype) for x in stored])
+                elif scale is not None or np.asarray(tokens).dtype != cache.dtype:
+                    largest = float(ml_dtypes.finfo(cache.dtype).max)
+                    stored = np.clip(stored, -largest, largest)
                 token_of(cache, kv_layout, slot // size["T"], slot % size["T"], head)[:] = stored.astype(cache.dtype)
         written.append(cache)
     return written[0], written[1]

@@ -79,7 +79,7 @@ WRONG_CALLS: dict[str, tuple[Callable[[Case], bool], WrongCall]] = {
     "bias_ignored": (lambda case: case.bias is not None, lambda call: call.with_arrays(bias=None)),
     "mask_ignored": (
         lambda case: case.mask != "none",
-        lambda call: call.with_arrays(mask=None, q_segment_ids=None, kv_segment_ids=None),
+        lambda call: call.with_arrays(mask=None, q_segment_ids=None, kv_segment_ids=None, key_lengths=None),
     ),
     "k_scale_dropped": (lambda case: case.kv_scale != "none", lambda call: call.with_arrays(k_scale=None)),
     "v_scale_dropped": (lambda case: case.kv_scale != "none", lambda call: call.with_arrays(v_scale=None)),

@@ -70,7 +70,18 @@ def _unified(module: str, right: str, wrong: str, case: str = "everything", **op
     return KernelBug(module, ((right, wrong),), "unified_attention", case, "float16", **options)
 
 
+def _dense(module: str, right: str, wrong: str, case: str = "causal", **options: Any) -> KernelBug:
+    return KernelBug(module, ((right, wrong),), "attention", case, **options)
+
+
+def _ragged(module: str, right: str, wrong: str, case: str = "shared_sinks", **options: Any) -> KernelBug:
+    return KernelBug(module, ((right, wrong),), "ragged_decode_attention", case, **options)
+
+
 SPLIT = {"num_par_softmax_segments": 3}
+BALANCED: dict[str, Any] = {
+    "changes": {"query_lens": (1,) * 5, "kv_lens": (97, 90, 97, 97, 80), "window": None, "num_splits": 0}
+}
 
 KERNEL_BUGS: dict[str, KernelBug] = {
     # Scores.
@@ -78,7 +89,9 @@ KERNEL_BUGS: dict[str, KernelBug] = {
     "hide_one_too_many": _page("scores", "keys[None, :] >= row_begin", "keys[None, :] > row_begin", "window_splits"),
     "hide_with_finite_value": _page("scores", 'scores, float("-inf")', "scores, -1.0"),
     "no_cap": _page(
-        "attend", "scores = soft_cap(scores, score_scale, SCORING.soft_cap)", "scores = scores * (score_scale * LOG2_E)"
+        "attend",
+        "scores = soft_cap(scores, score_scale, SCORING.soft_cap, q.dtype == tl.float32)",
+        "scores = scores * (score_scale * LOG2_E)",
     ),
     "alibi_mirrored": _page("scores", "keys[None, :] - positions[:, None]", "positions[:, None] - keys[None, :]"),
     "k_scale_of_first_head": _page("paged_attention", "kv_head * K_SCALE_STRIDE", "kv_head * 0", "head_scale"),
@@ -120,9 +133,13 @@ KERNEL_BUGS: dict[str, KernelBug] = {
     "window_begins_early": _page(
         "rows", "first_position - SCORING.window_left, 0", "first_position - SCORING.window_left - 1, 0"
     ),
-    "future_key_visible": _unified("paged_attention", "row_end = positions + 1", "row_end = positions + 2"),
+    "future_key_visible": _unified(
+        "rows",
+        "tl.minimum(positions + (SCORING.window_right + 1), num_keys)",
+        "positions + (SCORING.window_right + 2)",
+    ),
     "right_window_one_narrower": _unified(
-        "paged_attention",
+        "rows",
         "positions + (SCORING.window_right + 1)",
         "positions + SCORING.window_right",
         "bidirectional_both_sides",
@@ -164,11 +181,7 @@ KERNEL_BUGS: dict[str, KernelBug] = {
         "schedule", "num_rows <= SCHEDULE.most_rows", "num_rows < SCHEDULE.most_rows", "class_boundary"
     ),
     "tickets_for_one_head": _unified(
-        "paged_attention",
-        "ticket < num_items * QUERIES.num_kv_heads",
-        "ticket < num_items",
-        "long_prompt",
-        fields=SPLIT,
+        "paged_attention", "ticket % QUERIES.num_kv_heads", "ticket % 1", "long_prompt", fields=SPLIT
     ),
     # Splits.
     "split_remainder_lost": _page(
@@ -176,18 +189,16 @@ KERNEL_BUGS: dict[str, KernelBug] = {
     ),
     "splits_begin_before_window": _page(
         "paged_attention",
-        "(first_tile + split_begin(split, tiles",
-        "(split_begin(split, tiles",
+        "(first_tile + tile_begin)",
+        "tile_begin",
         "window_splits",
         changes={"window": 40},
     ),
-    "splits_end_before_window": _page(
-        "paged_attention", "(first_tile + split_begin(split + 1,", "(split_begin(split + 1,", "window_splits"
-    ),
+    "splits_end_before_window": _page("paged_attention", "(first_tile + tile_end)", "tile_end", "window_splits"),
     "natural_partial_lse": _page(
         "split_reduce", "base2_lse(row_max, row_sum), mask=row_mask", "base2_lse(row_max, row_sum) * 0.7, mask=row_mask"
     ),
-    "last_split_lost": _page("split_reduce", "splits < num_partials)", "splits < num_partials - 1)", "window_splits"),
+    "last_split_lost": _page("split_reduce", "shares <= last_share)", "shares < last_share)", "window_splits"),
     "partials_not_normalised": _page("split_reduce", "divide_by_sum(acc, row_sum),", "acc,"),
     "maximum_unguarded_in_merge": _unified(
         "split_reduce",
@@ -230,14 +241,68 @@ KERNEL_BUGS: dict[str, KernelBug] = {
         "split_reduce", "tl.program_id(0) % blocks * BLOCK_ROWS", "0", changes={"num_kv_heads": 1}
     ),
     "partials_of_both_classes_in_one_place": _unified(
-        "paged_attention", "SCHEDULE.first_partial + item", "item", "long_prompt", fields=SPLIT
+        "schedule", "return SCHEDULE.first_partial + number", "return number", "long_prompt", fields=SPLIT
     ),
-    "row_tiles_reduced_in_wrong_order": _unified(
+    # Shares.
+    "share_ends_with_its_first_row_tile": _page(
+        "paged_attention", "done = end + cost + (SCHEDULE.unit - 1)", "done = position + share_length", **BALANCED
+    ),
+    "row_tile_begins_without_a_tile": _page(
+        "schedule", "(begin + (SCHEDULE.unit - 1)) // share_length", "begin // share_length", **BALANCED
+    ),
+    "row_tile_ends_without_a_tile": _page(
+        "schedule",
+        "(end - 1) // share_length",
+        "end // share_length",
+        changes=BALANCED["changes"] | {"query_lens": (1, 1), "kv_lens": (96, 96)},
+    ),
+    "both_partials_of_a_share_in_one_place": _page(
+        "schedule", "tl.where(share == first_share, SCHEDULE.num_shares, 0)", "0", **BALANCED
+    ),
+    "row_tiles_of_a_segment_far_apart": KernelBug(
+        "schedule",
+        (("begin += number * length", "begin += number * (length + SCHEDULE.unit)"),),
+        "unified_attention",
+        "long_prompt",
+        changes={"query_lens": (1, 20, 2)},
+    ),
+    "shares_of_whole_batch_begin_at_zero": _page(
+        "schedule", "share.to(SCHEDULE.line_type) * share_length - begin", "share * share_length", **BALANCED
+    ),
+    # Dense rows.
+    "keys_before_the_range_read": _ragged(
+        "paged_attention", "key_begin = tl.maximum(key_begin, first_key)", "key_begin += first_key * 0"
+    ),
+    "keys_before_the_range_visible": _ragged(
+        "paged_attention", "row_begin = tl.maximum(row_begin, first_key)", "row_begin += first_key * 0"
+    ),
+    "window_forgotten_where_rows_begin": _ragged(
+        "paged_attention",
+        "row_begin = tl.maximum(row_begin, first_key)",
+        "row_begin = row_begin * 0 + first_key",
+        "everything",
+    ),
+    "range_edge_taken_for_whole": _ragged(
+        "paged_attention",
+        "whole_begin = tl.maximum(whole_begin, first_key)",
+        "whole_begin += first_key * 0",
+        fields={"skip_masks": True},
+    ),
+    "range_of_first_row": _ragged("schedule", "tl.load(begins_ptr + segments", "tl.load(begins_ptr + segments * 0"),
+    "keys_of_first_row": _ragged(
+        "paged_attention", "k_ptr += sequence.to(tl.int64) * CACHE.k_page_stride", "k_ptr += 0"
+    ),
+    "values_of_first_row": _ragged(
+        "paged_attention", "v_ptr += sequence.to(tl.int64) * CACHE.v_page_stride", "v_ptr += 0"
+    ),
+    "ranges_unknown_to_the_reduction": KernelBug(
         "split_reduce",
-        "(row_tiles - 1 - (tile - tiles_before))",
-        "(tile - tiles_before)",
-        fields=SPLIT,
-        changes={"window": None},
+        (
+            ("measure_shares(starts_ptr, lens_ptr, begins_ptr,", "measure_shares(starts_ptr, lens_ptr, None,"),
+            ("cost, starts_ptr, lens_ptr, begins_ptr,", "cost, starts_ptr, lens_ptr, None,"),
+        ),
+        "ragged_decode_attention",
+        "shared_sinks",
     ),
 }
 """By name."""

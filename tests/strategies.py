@@ -115,17 +115,17 @@ def _dense(draw: st.DrawFn, case: Case) -> Case:
     sinks = draw(st.sampled_from((0, 0, 1, 2)))
     shared = sinks > 0 and sinks != case.num_q_heads and draw(st.booleans())
     bias = st.tuples(st.booleans(), st.booleans(), st.booleans())
-    mask = draw(st.sampled_from(("none", "none", "shared", "heads", "segments")))
+    mask = draw(st.sampled_from(("none", "none", "shared", "heads", "segments", "segments", "lengths")))
     smallest = 4 if mask == "segments" else 1
     return case.replace(
         batch=draw(st.integers(0, 2)),
-        query_lens=(draw(st.integers(smallest, 20)),),
-        kv_lens=(draw(st.integers(smallest, 40)),),
+        query_lens=(draw(st.integers(smallest, 40)),),
+        kv_lens=(draw(st.integers(smallest, 70)),),
         causal=draw(st.booleans()),
         window=draw(st.sampled_from((None, None, width, (width, 0), (2, width)))),
         sinks=sinks,
         shared_sinks=shared,
         mask=mask,
-        bias=draw(st.none() | bias),
-        return_weights=draw(st.booleans()),
+        bias=draw(st.sampled_from((True, False, False)).flatmap(lambda has: bias if has else st.none())),
+        return_weights=draw(st.sampled_from((True, False, False, False))),
     )

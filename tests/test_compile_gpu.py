@@ -18,18 +18,17 @@ import pytest
 from triton.backends.compiler import GPUTarget
 
 import jax_bridge
+from bench.machine_code import Binary, compile_launch, launches_of, target_of, tile_copies
 from jax_bridge import device, paged_launch
 from jax_bridge.layouts import CacheSizes, cache_shape
 from jax_bridge.registry import OPERATIONS
-from tests.cases import MODELS, Model
-from tests.gpu_compile import Binary, compile_launch, launches_of, tile_copies
+from tests.cases import MODELS, PAGED, Model
 from tests.implementations import FULL
 from tests.planted_kernels import KernelBug, planted
 
 pytestmark = pytest.mark.compile
 
 NVIDIA = {"sm_80": "a100", "sm_90": "h100", "sm_100": "b200"}
-AMD_LOCAL_MEMORY = 64 * 1024
 MOST_SPILLED_BYTES = 768
 MOST_SPILLED_BYTES_OF_DECODING = 96  # before and behind the loop, so that as many programs as planned fit the registers
 ALL_FEATURES = {
@@ -44,7 +43,7 @@ PER_HEAD_SCALES = {name: jax.ShapeDtypeStruct((8,), jnp.float32) for name in ("k
 
 @dataclass(frozen=True)
 class Variant:
-    """A call of a paged operation by its static properties."""
+    """A call of an operation that the paged kernels serve, by its static properties."""
 
     name: str
     model: Model
@@ -68,6 +67,11 @@ class Variant:
         if self.operation != "unified_attention":
             values = sizes
         dtype = self.cache_dtype or self.dtype
+        if self.operation == "ragged_decode_attention":
+            rows = jax.ShapeDtypeStruct((self.num_seqs, self.max_len, model.num_kv_heads, model.head_dim), dtype)
+            query = jax.ShapeDtypeStruct((self.num_seqs, model.num_q_heads, model.head_dim), self.dtype)
+            bounds = jax.ShapeDtypeStruct((self.num_seqs,), jnp.int32)
+            return [query, rows, rows, bounds, bounds], {**(self.features or {})}
         key_cache, value_cache = (jax.ShapeDtypeStruct(cache_shape(self.layout, s), dtype) for s in (sizes, values))
         query_shape = (self.num_tokens or self.num_seqs, model.num_q_heads, model.head_dim)
         width = -(-self.max_len // page_size)
@@ -111,6 +115,10 @@ def _prefill(name: str, model: Model = LLAMA, **options: Any) -> Variant:
     return Variant(f"prefill-{name}", model, operation="prefill_page_attention", num_seqs=1, **options)
 
 
+def _ragged(name: str, model: Model = LLAMA, **options: Any) -> Variant:
+    return Variant(f"ragged-{name}", model, operation="ragged_decode_attention", layout="PTHD", **options)
+
+
 def _heads(num_kv_heads: int, group_size: int, head_dim: int) -> Model:
     return Model(name="", num_q_heads=num_kv_heads * group_size, num_kv_heads=num_kv_heads, head_dim=head_dim)
 
@@ -123,6 +131,18 @@ UNIFIED_FEATURES = {
     "return_lse": True,
 }
 WIDE_HEADS = _heads(2, 4, 512)
+RAGGED_FEATURES = {"logits_soft_cap": 30.0, "sliding_window": (1023, 0), "return_lse": True}
+RAGGED_VARIANTS = (
+    _ragged("full"),
+    _ragged("every-feature", features=RAGGED_FEATURES),
+    _ragged("one-row", num_seqs=1, max_len=1 << 17),
+    _ragged("many-rows", num_seqs=256, max_len=5000, dtype="float16", features={"return_lse": True}),
+    _ragged("80", MODELS["phi2"]),
+    _ragged("71", MODELS["falcon_7b"], dtype="float16"),
+    _ragged("256", MODELS["gemma2_9b"], features={"logits_soft_cap": 50.0, "sliding_window": 4096}),
+    _ragged("512", WIDE_HEADS),
+    _ragged("float32", dtype="float32"),
+)  # fmt: skip
 PACKED_VARIANTS = (
     # Decoding only.
     _unified("decode"),
@@ -162,7 +182,7 @@ PACKED_VARIANTS = (
     _prefill("int8", num_tokens=2048, cache_dtype="int8", dtype="float16", features=PER_HEAD_SCALES),
     _prefill("71", MODELS["falcon_7b"], num_tokens=100),
 )  # fmt: skip
-CORE = ("llama3_8b", "unified-decode", "unified-mixed", "prefill-chunk")
+CORE = ("llama3_8b", "unified-decode", "unified-mixed", "prefill-chunk", "ragged-full")
 
 
 def on_architectures(variants: tuple[Variant, ...]) -> list[Any]:
@@ -190,7 +210,7 @@ def compiled(variant: Variant, target: GPUTarget, chip: str, cfg: Any = None) ->
     return [compile_launch(launch, target) for launch in launches]
 
 
-@pytest.mark.parametrize(("variant", "architecture"), on_architectures(VARIANTS))
+@pytest.mark.parametrize(("variant", "architecture"), on_architectures((*VARIANTS, *RAGGED_VARIANTS)))
 def test_nvidia(variant: Variant, architecture: str) -> None:
     chip = NVIDIA[architecture]
     binaries = compiled(variant, GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32), chip)
@@ -277,15 +297,28 @@ def test_e4m3_caches_are_refused_before_compute_capability_89() -> None:
         compiled(E4M3, GPUTarget("cuda", 80, 32), "a100")
 
 
-AMD = ("llama3_8b", "one-partition", "every-feature", "page-1", "unified-decode", "unified-mixed", "prefill-chunk")
+AMD = (
+    *("llama3_8b", "one-partition", "every-feature", "page-1", "unified-decode", "unified-mixed", "prefill-chunk"),
+    *("ragged-full", "ragged-every-feature"),
+)
+EVERY_VARIANT = (*VARIANTS, *PACKED_VARIANTS, *RAGGED_VARIANTS)
 
 
-@pytest.mark.parametrize("variant", [v for v in (*VARIANTS, *PACKED_VARIANTS) if v.name in AMD], ids=str)
-def test_amd(variant: Variant) -> None:
-    """With pipelines of two stages: the heuristics know chips of NVIDIA only, which have more shared memory."""
-    cfg = jax_bridge.UnifiedAttentionConfig(decode_num_stages=2) if variant.name == "unified-mixed" else None
-    for binary in compiled(variant, GPUTarget("hip", "gfx942", 64), "h100", cfg):
-        assert binary.shared <= AMD_LOCAL_MEMORY
+ADA = ("unified-mixed-every-feature", "prefill-512")
+LITTLE_SHARED_MEMORY = [
+    pytest.param(variant, chip, id=f"{variant}-{chip}")
+    for variant in EVERY_VARIANT
+    for chip, names in (("mi300x", AMD), ("l4", ADA))
+    if variant.name in names
+]
+
+
+@pytest.mark.parametrize(("variant", "chip"), LITTLE_SHARED_MEMORY)
+def test_chips_with_little_shared_memory(variant: Variant, chip: str) -> None:
+    """What the heuristics choose there can be launched."""
+    described = device.KNOWN_DEVICES[chip]
+    for binary in compiled(variant, target_of(described), chip):
+        assert binary.shared <= described.shared_memory
 
 
 @pytest.mark.parametrize("make", [Variant, _unified, _prefill], ids=["page", "unified", "prefill"])
@@ -299,13 +332,26 @@ def test_addresses_are_64_bit(make: Any) -> None:
         assert set(widths) == {"i64"}, f"{layout}: the page stride is multiplied in {widths}"
 
 
-LOWERED = [Variant("page", LLAMA), _unified("", num_tokens=64), _prefill("", num_tokens=2048)]
+def test_rows_of_any_length_are_one_kernel() -> None:
+    """No loop is unrolled over the keys, and the stride of a row is multiplied in 64 bits."""
+    sizes = []
+    for length in (3000, 1 << 29):
+        ttgir = compiled(_ragged("", num_seqs=4, max_len=length), GPUTarget("cuda", 90, 32), "h100")[0].ttgir
+        stride = length * LLAMA.num_kv_heads * LLAMA.head_dim
+        assert set(re.findall(rf"arith\.constant {stride} : (\w+)", ttgir)) == {"i64"}
+        sizes.append(sum("=" in line for line in ttgir.splitlines()))
+    # Positions in the longest rows take 64 bits, and some conversions.
+    assert max(sizes) <= 1.05 * min(sizes), f"operations in kernels of growing rows: {sizes}"
+
+
+LOWERED = [_ragged("lowered"), Variant("page", LLAMA), _unified("", num_tokens=64), _prefill("", num_tokens=2048)]
 each_operation = pytest.mark.parametrize("variant", LOWERED, ids=lambda variant: variant.operation)
 
 
 def public(variant: Variant) -> Any:
     """The public function of the variant's operation, for arrays, with its layout."""
-    return functools.partial(getattr(jax_bridge, variant.operation), kv_layout=variant.layout)
+    function = getattr(jax_bridge, variant.operation)
+    return function if variant.operation not in PAGED else functools.partial(function, kv_layout=variant.layout)
 
 
 def kernel_calls(function: Any, *arguments: Any) -> int:

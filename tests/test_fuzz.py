@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from tests import judge, strategies, tolerances
 from tests.cases import OPERATIONS
-from tests.implementations import MARKS, Implementation, implementations_of
+from tests.implementations import FULL, MARKS, Implementation, implementations_of
 from tests.inputs import build
 
 pytestmark = [*MARKS, pytest.mark.usefixtures("small_device")]
@@ -25,6 +25,8 @@ def test_implementations_match_the_oracle(operation: str, data: st.DataObject, s
     tolerances.Bound(1e-11 * largest, np.inf).check("dense form", judge.truth(call).out, truth.out)
     bounds = tolerances.calibrate(call, truth)
     for implementation in implementations_of(operation):
+        if implementation.platform == "pallas" and seed % 3 and not FULL:
+            continue  # every interpreted TPU kernel is a program of its own to compile
         note(str(implementation))
         _check(implementation, call, truth, bounds)
 

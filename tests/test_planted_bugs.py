@@ -12,7 +12,7 @@ import jax
 import pytest
 
 from tests import judge, planted_reference
-from tests.cases import OPERATIONS, PAGED, Case, matrix
+from tests.cases import OPERATIONS, Case, matrix
 from tests.dense_form import Result
 from tests.implementations import ON_GPU, Implementation, implementations_of
 from tests.planted import WRONG_CALLS, WRONG_MATHEMATICS, cases_showing, wrong_call, wrong_mathematics
@@ -27,6 +27,10 @@ MATRIX = matrix()
 
 def _of(operation: str) -> tuple[Case, ...]:
     return tuple(case for case in MATRIX if case.operation == operation)
+
+
+def _served_by(implementation: Implementation) -> tuple[Case, ...]:
+    return tuple(case for case in _of(implementation.operation) if not case.features & implementation.lacks)
 
 
 def _is_caught(case: Case, got: Result) -> bool:
@@ -64,12 +68,12 @@ def _answers(case: Case, bug: str) -> Result:
         for implementation in implementations_of("page_attention", "unified_attention", "attention")
         for bug in WRONG_CALLS
         if (implementation.operation != "unified_attention" or bug.startswith("qq_bias"))
-        and cases_showing(WRONG_CALLS, bug, _of(implementation.operation))
+        and cases_showing(WRONG_CALLS, bug, _served_by(implementation))
     ],
 )
 def test_wrong_call_is_caught(implementation: Implementation, bug: str) -> None:
     """An implementation that ignores or bends an argument fails in the first case that has it."""
-    cases = cases_showing(WRONG_CALLS, bug, _of(implementation.operation))
+    cases = cases_showing(WRONG_CALLS, bug, _served_by(implementation))
     smallest = min(cases, key=lambda case: (case.dtype != "float32", case.num_q_heads * case.head_dim))
     call, _, _ = judge.problem(smallest)
     assert _is_caught(smallest, implementation(wrong_call(call, bug)))
@@ -105,7 +109,7 @@ def test_bug_in_the_reference_is_caught(bug: str, monkeypatch: pytest.MonkeyPatc
 
 KERNELS: Any = importlib.import_module("tests.planted_kernels") if importlib.util.find_spec("triton") else None
 KERNEL_BUGS: dict[str, Any] = KERNELS.KERNEL_BUGS if KERNELS else {}
-KERNEL_ROWS = {row.operation: row for row in implementations_of(*PAGED) if row.interpreted}
+KERNEL_ROWS = {row.operation: row for row in implementations_of() if row.interpreted}
 
 
 def _is_wrong(bug: Any) -> bool:
