@@ -161,7 +161,8 @@ def check_step_attention(engine: Engine, seconds: float) -> Check:
             context_lens = inputs.positions[rows] + 1
             queries, outputs = (np.asarray(array[layer], np.float64)[rows] for array in probe)
             keys, values = engine.read_pages(layer, sequence.pages, context_lens[-1])
-            worst = max(worst, rows_deviation(engine.config, queries, outputs, keys, values, context_lens))
+            place = f"step of {len(sequences)} sequences and {sequences[-1].rows[-1] + 1} rows, layer {layer}, "
+            worst = max(worst, rows_deviation(engine.config, queries, outputs, keys, values, context_lens, place))
             num_rows += len(rows)
         spent.append(str(budget))
     return worst.check(
@@ -222,14 +223,17 @@ class Deviation:
     ratio: float = 0.0
     error: float = 0.0
     tolerance: float = 0.0
+    place: str = ""
 
     @classmethod
-    def of(cls, got: Floats, expected: Floats, tolerance: float) -> Deviation:
+    def of(cls, got: Floats, expected: Floats, tolerance: float, place: str = "") -> Deviation:
         error = float(np.nan_to_num(np.abs(got - expected), nan=np.inf).max(initial=0.0))
-        return cls(error / tolerance if tolerance else float("inf") * bool(error), error, tolerance)
+        return cls(error / tolerance if tolerance else float("inf") * bool(error), error, tolerance, place)
 
     def check(self, name: str, detail: str) -> Check:
-        return Check(name, f"{detail}: worst error {self.error:.1e}, allowed {self.tolerance:.1e}", self.ratio <= 1.0)
+        where = f" ({self.place})" if self.place else ""
+        words = f"{detail}: worst error {self.error:.1e}{where}, allowed {self.tolerance:.1e}"
+        return Check(name, words, self.ratio <= 1.0)
 
 
 def attention_tolerance(config: ModelConfig, values: Floats) -> float:
@@ -260,11 +264,17 @@ def rows_deviation(
     keys: Floats,
     values: Floats,
     context_lens: npt.NDArray[np.integer[Any]],
+    place: str = "",
 ) -> Deviation:
-    """How far attention outputs of one sequence lie from float64 arithmetic over its K and V."""
+    """How far attention outputs of one sequence lie from float64 arithmetic over its K and V; `place` leads to it."""
     expected = attend_rows(queries, keys, values, context_lens)
     return max(
-        Deviation.of(outputs[row], expected[row], attention_tolerance(config, values[:context_len]))
+        Deviation.of(
+            outputs[row],
+            expected[row],
+            attention_tolerance(config, values[:context_len]),
+            f"{place}row {row} of {len(context_lens)} over {context_len} keys",
+        )
         for row, context_len in enumerate(context_lens)
     )
 

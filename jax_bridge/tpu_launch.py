@@ -5,6 +5,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+
+# What it adds to JAX's configuration is part of what programs are kept by: imported while the first one is traced, as
+# the kernels would, it would have that program traced and compiled a second time.
+import jax.experimental.pallas.tpu
 import jax.numpy as jnp
 
 from jax_bridge.launch import kernel_operation

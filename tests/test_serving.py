@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -318,7 +319,7 @@ class TestReplay:
         assert "1 of 6 parts of the sample" in tokens.detail
         attention = serving_check.check_step_attention(engine, 0)
         assert attention.passed
-        assert attention.detail.count("1 of ") == 2
+        assert len(re.findall(r"1 of \d+ parts", attention.detail)) == 2
 
     def test_padding_and_the_choice_of_operation_change_nothing(
         self, replayed: tuple[Engine, Scheduler, list[Request], serving.Replay]

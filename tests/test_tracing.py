@@ -2,6 +2,9 @@
 
 import contextlib
 import dataclasses
+import os
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -87,6 +90,25 @@ def test_one_program_serves_every_value(operation: str, platform: str) -> None:
     )
     for inside, outside in answers:
         assert_close(inside, outside)
+
+
+@pytest.mark.parametrize("operation", ["attention", "unified_attention"])
+def test_the_first_program_of_a_process_is_traced_once(operation: str) -> None:
+    """What the first trace imports changes nothing by which JAX keeps programs."""
+    program = (
+        "import jax\n"
+        "from tests.small_calls import arguments, run\n"
+        f"named = {{name: jax.device_put(array) for name, array in arguments({operation!r}).items()}}\n"
+        "traces = []\n"
+        "@jax.jit\n"
+        "def jitted(named):\n"
+        "    traces.append(named)\n"
+        f"    return run({operation!r}, named)\n"
+        "jax.block_until_ready([jitted(named) for _ in range(2)])\n"
+        "assert len(traces) == 1, f'traced {len(traces)} times'\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120, env=environment | {"JAX_PLATFORMS": "cpu"})
 
 
 @pytest.mark.parametrize(("operation", "platform"), [call for call in CALLS if call[0] in PAGED])
