@@ -3,6 +3,7 @@
 
 PYTHON ?=
 ARGS ?=
+REGRESSION_ARGS ?=
 JOBS ?= 2
 
 VENV := .venv
@@ -12,7 +13,7 @@ SUITABLE := -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 12)
 CANDIDATES := $(or $(PYTHON),python3.12 python3.13 python3.14 python3 python \
 	$(wildcard $(HOME)/.pyenv/versions/3.1[2-9]*/bin/python3))
 
-.PHONY: demo test test-full lint bench bench-suite baseline set-up
+.PHONY: demo test test-full lint bench bench-suite bench-cpu bench-gpu baseline set-up
 .DELETE_ON_ERROR:
 
 # A day of a production chat service, replayed through paged attention.
@@ -26,8 +27,8 @@ test: $(INSTALLED)
 	    $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not compile" $(ARGS)
 	env -u TRITON_INTERPRET $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m compile \
 	    tests/test_compile_gpu.py tests/test_compile_attention.py tests/test_compile_cache.py \
-	    tests/test_static_baseline.py tests/test_explain.py \
-	    tests/test_launch.py
+	    tests/test_static_baseline.py tests/test_explain.py tests/test_launch.py
+	$(MAKE) bench-cpu
 
 # Every case in every dtype, and hundreds of drawn problems for each operation: hours.
 test-full: export HYPOTHESIS_PROFILE = full
@@ -49,6 +50,13 @@ bench: $(INSTALLED)
 # What pytest-benchmark is asked for goes into ARGS.
 bench-suite: $(INSTALLED)
 	$(BIN)/python -m pytest -o python_files='bench_*.py' -p no:xdist $(ARGS) bench
+
+# The suites, as ratios beside those of bench/baselines; --write stores what was found.
+bench-cpu: $(INSTALLED)
+	JAX_PLATFORMS=cpu $(BIN)/python -m bench.regression --run $(REGRESSION_ARGS)
+
+bench-gpu: $(INSTALLED)
+	$(BIN)/python -m bench.regression --run $(REGRESSION_ARGS)
 
 set-up: $(INSTALLED)
 

@@ -156,7 +156,7 @@ class AttentionCase:
     def flops(self) -> int:
         """Floating-point operations of both products over the pairs of query row and key that the masks leave."""
         pairs = sum(
-            _visible_pairs(rows, keys, self.window) for rows, keys in zip(self.query_lens, self.lengths, strict=True)
+            visible_pairs(rows, keys, self.window) for rows, keys in zip(self.query_lens, self.lengths, strict=True)
         )
         return 4 * self.head_dim * self.num_q_heads * pairs
 
@@ -189,7 +189,7 @@ class AttentionCase:
         return cls(**values)
 
 
-def _visible_pairs(rows: int, keys: int, window: int | None) -> int:
+def visible_pairs(rows: int, keys: int, window: int | None) -> int:
     """Pairs of one of the last `rows` positions of `keys` and a position that it sees."""
     context = keys - rows
     growing = rows if window is None else min(max(window - context, 0), rows)  # rows that see all keys up to their own

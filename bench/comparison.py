@@ -18,9 +18,9 @@ from bench.cases import AttentionCase, by_geometry, num_pool_pages
 from bench.check import ROW_TOLERANCE, row_error
 from bench.operations import DEFAULT_CONFIG, Operation, parse_configs, parse_sweep
 from bench.peers import PEERS, PeerReport, run_peer
-from bench.report import CaseReport, Results, print_ranking, print_report, print_robust_configs, write_json
+from bench.results import CaseReport, Results, print_ranking, print_report, print_robust_configs, write_json
 from bench.runner import Bench, Outcome, Pool, Sampling
-from bench.timing import Timing, copy_bandwidth, describe_machine
+from bench.timing import Timing, copy_bandwidth, describe_machine, matrix_rate
 from jax_bridge.layouts import LAYOUTS
 
 DEFAULT_SWEEP = "block_n=32,64,128;num_warps=2,4,8;num_stages=2,3,4,5"
@@ -115,6 +115,7 @@ def run_plan(plan: Plan, options: argparse.Namespace) -> Results:
     results = Results(
         reports=[],
         copy_rates=copy_bandwidth(copy_bytes, **sampling._asdict()),
+        matrix_rate=matrix_rate(8192 if jax.default_backend() == "gpu" else 256, **sampling._asdict()),
         facts=facts,
         peers=peers,
         groups={name: [case.name for case in cases] for name, cases in plan.groups.items()},

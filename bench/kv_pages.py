@@ -12,7 +12,7 @@ import functools
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bench.check import ROW_TOLERANCE, row_error
-from bench.timing import Timing, compile_program, copy_bandwidth, describe_machine, measure, measure_program
+from bench.timing import Program, Timing, compile_program, copy_bandwidth, describe_machine, measure, measure_program
 from jax_bridge import merge_attention_states, write_kv_pages
 from jax_bridge.layouts import CacheSizes, cache_shape
 
@@ -85,49 +85,52 @@ class WriteCase:
         return caches
 
 
-def time_write(case: WriteCase, options: argparse.Namespace) -> Timing:
-    """One call of many in a program that is given the caches.
+def checked_writes(case: WriteCase, platform: str, rotation_bytes: float) -> tuple[Callable[[int], Any], int]:
+    """A function that starts a program of writes into the caches of the one before, and how many it holds.
 
     Raises:
         ArithmeticError: the caches are wrong.
     """
-    calls = min(MAX_CALLS, max(4, math.ceil(options.rotation_mb * 1e6 / case.call_bytes)))
+    calls = min(MAX_CALLS, max(4, math.ceil(rotation_bytes / case.call_bytes)))
     sets = case.token_sets(calls)
-    step = jax.jit(functools.partial(case.write_all, options.platform), donate_argnums=0)
+    step = jax.jit(functools.partial(case.write_all, platform), donate_argnums=0)
     caches = step(case.caches(calls), sets)
     expected = functools.partial(case.write_all, "xla")(case.caches(calls), sets)
     for got, wanted in zip(caches, expected, strict=True):
         if differing := int(jnp.sum(got.astype(jnp.float32) != wanted.astype(jnp.float32))):
             raise ArithmeticError(f"{case.name}: {differing} values of the cache differ from those of xla")
-    del expected
 
     def enqueue(_: int) -> Any:
         nonlocal caches
         caches = step(caches, sets)
         return caches
 
-    return measure(enqueue, calls=calls, repeats=options.repeats, sample_seconds=options.sample_ms / 1e3)
+    return enqueue, calls
 
 
-def time_merge(num_tokens: int, head_dim: int, options: argparse.Namespace) -> tuple[Timing, int]:
-    """One call of many in a program, and its bytes.
+def checked_merges(num_tokens: int, head_dim: int, platform: str, rotation_bytes: float) -> Program:
+    """A program of merges.
 
     Raises:
         ArithmeticError: an output is wrong.
     """
     shape = (2, num_tokens, NUM_Q_HEADS)
-    call_bytes = 3 * math.prod(shape[1:]) * (2 * head_dim + 4)
-    calls = min(MAX_CALLS, max(4, math.ceil(options.rotation_mb * 1e6 / call_bytes)))
+    calls = min(MAX_CALLS, max(4, math.ceil(rotation_bytes / merged_bytes(num_tokens, head_dim))))
     sets = []
     for call in range(calls):
         out_a, out_b = jax.random.normal(jax.random.key(call), (*shape, head_dim), jnp.bfloat16)
         lse_a, lse_b = 3 * jax.random.normal(jax.random.key(calls + call), shape)
         sets.append((out_a, lse_a, out_b, lse_b))
-    program = compile_program(functools.partial(merge_attention_states, platform=options.platform), sets)
+    program = compile_program(functools.partial(merge_attention_states, platform=platform), sets)
     expected = merge_attention_states(*sets[0], platform="xla")
     if not (error := row_error(program.run(0)[0][0], expected[0])) <= ROW_TOLERANCE:
         raise ArithmeticError(f"merge of {num_tokens} tokens: row error {error:.2e}, allowed {ROW_TOLERANCE}")
-    return measure_program(program, repeats=options.repeats, sample_seconds=options.sample_ms / 1e3), call_bytes
+    return program
+
+
+def merged_bytes(num_tokens: int, head_dim: int) -> int:
+    """Bytes of two bfloat16 results with their LSEs, and of what becomes of them."""
+    return 3 * num_tokens * NUM_Q_HEADS * (2 * head_dim + 4)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -162,10 +165,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         WriteCase(options.tokens, head_dim=80),
         *(WriteCase(options.tokens // share) for share in (8, 32, 128)),
     ]
+    rotation_bytes = options.rotation_mb * 1e6
+    sampling: dict[str, Any] = {"repeats": options.repeats, "sample_seconds": options.sample_ms / 1e3}
     for case in cases:
-        report(case.name, time_write(case, options), case.call_bytes)
+        enqueue, calls = checked_writes(case, options.platform, rotation_bytes)
+        report(case.name, measure(enqueue, calls=calls, **sampling), case.call_bytes)
     for num_tokens, head_dim in ((options.tokens, 128), (options.tokens, 80), (options.tokens // 128 or 1, 128)):
-        report(f"merge {num_tokens} tokens, D {head_dim}", *time_merge(num_tokens, head_dim, options))
+        program = checked_merges(num_tokens, head_dim, options.platform, rotation_bytes)
+        timing = measure_program(program, **sampling)
+        report(f"merge {num_tokens} tokens, D {head_dim}", timing, merged_bytes(num_tokens, head_dim))
     if options.json:
         options.json.write_text(json.dumps({"facts": facts, "copy": rates, "calls": rows}, indent=1) + "\n")
     return 0

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from bench.report import OURS, CaseReport, Results
+from bench.results import OURS, CaseReport, Results
 
 INK, GRID = "#333333", "#d9d9d9"
 COLOURS = ("#4477aa", "#cc3311", "#228833")

@@ -34,9 +34,11 @@ from bench.check import ROW_TOLERANCE, row_error
 from bench.operations import parse_configs
 from bench.timing import Timing, compile_program, copy_bandwidth, describe_machine, measure_program
 from jax_bridge import FwdParams, RaggedDecodeAttentionConfig, page_attention, ragged_decode_attention
+from tests.cases import MODELS
 
 NAMES = ("8x8192", "64x4096of8192", "1x131072")
-NUM_Q_HEADS, NUM_KV_HEADS, HEAD_DIM, PAGE_SIZE = 32, 8, 128, 16
+MODEL = MODELS["llama3_8b"]
+NUM_Q_HEADS, NUM_KV_HEADS, HEAD_DIM, PAGE_SIZE = MODEL.num_q_heads, MODEL.num_kv_heads, MODEL.head_dim, MODEL.page_size
 TOKEN_BYTES = 2 * NUM_KV_HEADS * HEAD_DIM * 2  # K and V, bfloat16
 CHECKED_ROWS = 8
 
@@ -68,6 +70,16 @@ class RaggedCase:
         """Bytes of K and V that the ranges cover."""
         starts, ends = self.bounds
         return int((ends - starts).sum()) * TOKEN_BYTES
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations of both products over the keys that the ranges cover."""
+        return self.kv_bytes // TOKEN_BYTES * 4 * NUM_Q_HEADS * HEAD_DIM
+
+    @property
+    def checked_rows(self) -> NDArray[np.intp]:
+        """Some rows, the first and the last among them."""
+        return np.linspace(0, self.batch - 1, min(self.batch, CHECKED_ROWS)).round().astype(np.intp)
 
     def sets(self, count: int) -> list[CallArrays]:
         """Of each call: query, K and V rows, both bounds; lengths and page table for as many tokens in these rows."""
@@ -107,7 +119,7 @@ def parse_case(name: str) -> RaggedCase:
     return RaggedCase(name, batch, longest, row_length)
 
 
-def _ragged(
+def attend_ranges(
     platform: str,
     cfg: RaggedDecodeAttentionConfig | None,
     query: jax.Array,
@@ -115,6 +127,7 @@ def _ragged(
     value: jax.Array,
     *rest: Any,
 ) -> jax.Array:
+    """`ragged_decode_attention` of the arrays of `RaggedCase.sets`."""
     starts, ends, _, _ = rest
     attended: jax.Array = ragged_decode_attention(query, key, value, starts, ends, platform=platform, cfg=cfg)
     return attended
@@ -129,7 +142,7 @@ def _pages(platform: str, query: jax.Array, key: jax.Array, value: jax.Array, *r
     return attended
 
 
-def _expected(case: RaggedCase, arrays: CallArrays, rows: NDArray[np.intp]) -> tuple[jax.Array, jax.Array]:
+def expected_rows(arrays: CallArrays, rows: NDArray[np.intp]) -> tuple[jax.Array, jax.Array]:
     """What the float32 reference answers on some rows: over their ranges, and over their pages."""
     query, key, value, starts, ends, lengths, tables = arrays
     with jax.default_matmul_precision("highest"):
@@ -152,10 +165,10 @@ def time_case(
     """
     calls = max(2, math.ceil(options.rotation_mb * 1e6 / case.kv_bytes))
     sets = case.sets(calls)
-    rows = np.linspace(0, case.batch - 1, min(case.batch, CHECKED_ROWS)).round().astype(np.intp)
-    expected = _expected(case, sets[0], rows)
+    rows = case.checked_rows
+    expected = expected_rows(sets[0], rows)
     ways: dict[str, Callable[..., jax.Array]] = {
-        "ragged": functools.partial(_ragged, options.platform, cfg),
+        "ragged": functools.partial(attend_ranges, options.platform, cfg),
         "pages": functools.partial(_pages, options.platform),
     }
     timings = {}

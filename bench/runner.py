@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from bench.cases import KEY_SALT, VALUE_SALT, ArgumentSet, AttentionCase, Geometry, argument_sets, scramble
 from bench.check import ROW_TOLERANCE, Check, build_check
 from bench.operations import Config, Operation, config_name
-from bench.report import CaseReport, Measurement
+from bench.results import CaseReport, Measurement
 from bench.timing import CompiledCalls, compile_calls, measure_program
 from jax_bridge.layouts import CacheSizes, cache_shape
 
@@ -111,27 +111,11 @@ class Bench:
             return "time limit"
         calls, _ = case.rotation(self.max_calls)
         try:
-            fn = functools.partial(self._attend, case, config, pool.layout)
+            cfg = self.operation.config_type(**config) if config else None
+            fn = functools.partial(attend_case, self.operation, case, pool.layout, self.platform, cfg)
             return compile_calls(fn, [_call_shapes(case)] * calls, shared=pool.caches)
         except Exception as error:
             return _words(error)
-
-    def _attend(self, case: AttentionCase, config: Config, layout: str, *arrays: Any) -> Any:
-        key_cache, value_cache, query, kv_lens, starts, tables, sinks = arrays
-        return self.operation.call(
-            query,
-            key_cache,
-            value_cache,
-            kv_lens,
-            starts,
-            tables,
-            case.soft_cap,
-            sliding_window=case.window,
-            attention_sink=sinks,
-            kv_layout=layout,
-            platform=self.platform,
-            cfg=self.operation.config_type(**config) if config else None,
-        )
 
     def _time_case(
         self, case: AttentionCase, compiled: Mapping[str, Compiled], pool: Pool, sampling: Sampling
@@ -186,6 +170,28 @@ class Bench:
         again = self._time_case(case, finalists, pool, sampling).measurements
         settled = {measurement.config: measurement for measurement in again if measurement.failure is None}
         return quick._replace(measurements=[settled.get(m.config, m) for m in quick.measurements])
+
+
+def attend_case(
+    operation: Operation, case: AttentionCase, layout: str, platform: str, cfg: Any, *arrays: Any
+) -> jax.Array:
+    """One call of an operation on a case, whose arrays are both caches and what `call_arrays` answers."""
+    key_cache, value_cache, query, kv_lens, starts, tables, sinks = arrays
+    attended: jax.Array = operation.call(
+        query,
+        key_cache,
+        value_cache,
+        kv_lens,
+        starts,
+        tables,
+        case.soft_cap,
+        sliding_window=case.window,
+        attention_sink=sinks,
+        kv_layout=layout,
+        platform=platform,
+        cfg=cfg,
+    )
+    return attended
 
 
 def call_arrays(case: AttentionCase, arguments: ArgumentSet) -> tuple[Any, ...]:

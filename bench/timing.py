@@ -30,6 +30,7 @@ __all__ = [
     "compile_program",
     "copy_bandwidth",
     "describe_machine",
+    "matrix_rate",
     "measure",
     "measure_program",
 ]
@@ -61,6 +62,14 @@ def copy_bandwidth(num_bytes: int = 1 << 30, *, repeats: int = 20, sample_second
         timing = measure(enqueue, repeats=repeats, sample_seconds=sample_seconds)
         rates[name] = 2 * source.nbytes / timing.median
     return rates
+
+
+def matrix_rate(size: int = 8192, *, repeats: int = 20, sample_seconds: float = 0.03) -> float:
+    """FLOPs per second of the product of two bfloat16 matrices `[size, size]` of normal values."""
+    left, right = jax.random.normal(jax.random.key(0), (2, size, size), jnp.bfloat16)
+    product = jax.jit(jnp.matmul)
+    timing = measure(lambda _: product(left, right), repeats=repeats, sample_seconds=sample_seconds)
+    return 2 * size**3 / timing.median
 
 
 def describe_machine() -> dict[str, str]:

@@ -21,7 +21,7 @@ from bench.cases import DEFAULT_GROUPS, GROUPS, AttentionCase, parse_case
 from bench.comparison import Plan, add_options, exit_code, finish_options, geometry_of, run_plan
 from bench.operations import OPERATIONS
 from bench.plots import plot_bandwidth, plot_chunks
-from bench.report import read_json
+from bench.results import read_json
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> tuple[argparse.Namespace, Plan]:

@@ -9,7 +9,7 @@ import pytest
 
 from bench.cases import NAMES, AttentionCase, argument_sets, num_pool_pages, parse_case, scramble
 from bench.peers import PeerReport
-from bench.report import CaseReport, Measurement, Results, print_report
+from bench.results import CaseReport, Measurement, Results, print_report
 from bench.timing import Timing, compile_program, measure_program
 
 

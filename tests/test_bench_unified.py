@@ -29,7 +29,7 @@ from bench.check import ROW_TOLERANCE, Check, build_check, checked_rows
 from bench.comparison import peer_columns
 from bench.operations import OPERATIONS, parse_configs, parse_sweep
 from bench.peers import PeerReport, PeerResult
-from bench.report import OURS, CaseReport, Measurement, Results, read_json, relative_cost, write_json
+from bench.results import OURS, CaseReport, Measurement, Results, read_json, relative_cost, write_json
 from bench.runner import Outcome, Pool
 from bench.timing import Program, Timing, compile_calls
 from bench.unified import main, parse_arguments
@@ -50,6 +50,7 @@ def freeze_times(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("bench.runner.measure_program", measure)
     monkeypatch.setattr("bench.comparison.copy_bandwidth", lambda num_bytes, **sampling: {"memcpy": 1e12})
+    monkeypatch.setattr("bench.comparison.matrix_rate", lambda size, **sampling: 1e14)
 
 
 def every_case() -> dict[str, AttentionCase]:

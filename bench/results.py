@@ -61,6 +61,8 @@ class Results:
     peers: Sequence[PeerReport] = ()
     groups: Mapping[str, Sequence[str]] = field(default_factory=dict)
     """Names of the cases that are reported together; a case may be in several groups."""
+    matrix_rate: float = math.nan
+    """FLOPs per second of a large bfloat16 matrix product; NaN if not measured."""
 
     @property
     def copy_bandwidth(self) -> float:
@@ -97,6 +99,7 @@ def print_report(results: Results) -> None:
     for key, value in [*results.facts.items(), *(item for peer in results.peers for item in peer.facts.items())]:
         print(f"{key}: {value}")
     print("copy: " + ", ".join(f"{name} {rate / 1e12:.3f} TB/s" for name, rate in results.copy_rates.items()))
+    print(f"matrix product: {results.matrix_rate / 1e12:.1f} TFLOP/s")
     print("TB/s counts K and V once, FLOPs only what the masks leave; `*`: the host could not enqueue calls as fast as")
     print("the device ran them.")
 
@@ -205,6 +208,7 @@ def write_json(path: Path, results: Results) -> None:
     content: dict[str, Any] = {
         "facts": dict(results.facts),
         "copy_bytes_per_second": dict(results.copy_rates),
+        "matrix_flops_per_second": None if math.isnan(results.matrix_rate) else results.matrix_rate,
         "peers": {peer.name: {"facts": peer.facts, "errors": peer.errors} for peer in results.peers},
         "groups": {name: list(cases) for name, cases in results.groups.items()},
         "cases": [
@@ -223,7 +227,7 @@ def write_json(path: Path, results: Results) -> None:
 
 
 def read_json(path: Path) -> Results:
-    """What `write_json` stored, without the peers' outputs; files from before there were groups have none."""
+    """What `write_json` stored, without the peers' outputs; older files lack groups and the matrix rate."""
     content = json.loads(path.read_text())
     return Results(
         reports=[_read_case(fields) for fields in content["cases"]],
@@ -231,6 +235,7 @@ def read_json(path: Path) -> Results:
         facts=content["facts"],
         peers=[PeerReport(name, peer["facts"], {}, peer["errors"]) for name, peer in content["peers"].items()],
         groups=content.get("groups", {}),
+        matrix_rate=content.get("matrix_flops_per_second") or math.nan,
     )
 
 
