@@ -148,12 +148,13 @@ def measure_here(folder: Path) -> list[Path]:
     Raises:
         subprocess.CalledProcessError: a result was wrong, or could not be timed.
     """
-    import jax
-
     environment = dict(os.environ)
+    # Asked in a process of its own: one that has asked holds memory of the GPU.
+    question = [sys.executable, "-c", "import jax; print(jax.default_backend())"]
+    backend = subprocess.run(question, check=True, capture_output=True, text=True).stdout.strip()
     suite = ["-m", "pytest", "-q", "-o", "python_files=bench_*.py", "-p", "no:xdist", "--benchmark-columns=median"]
     suite.append(str(Path(__file__).parent))
-    if jax.default_backend() == "gpu":
+    if backend == "gpu":
         peers = [f"--peers={PEER}"] if os.environ.get("FA3_LIBRARY") else []
         runs = {
             folder / "suite.json": [*suite, "--benchmark-json"],

@@ -17,7 +17,7 @@ import pytest
 
 from bench import peers
 from bench.cases import AttentionCase, parse_case
-from bench.peers import Fa3Masks, fa3_forward_arguments, fa3_metadata_arguments
+from bench.torch_peers import Fa3Masks, fa3_forward_arguments, fa3_metadata_arguments, flashinfer_plan_arguments
 from bench.unified import main
 from tests.test_bench_unified import OPTIONS, QUICK, SIZES, freeze_times
 
@@ -122,6 +122,7 @@ def fake_torch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> SimpleNamespa
         int16=np.int16,
         int32=np.int32,
         int64=np.int64,
+        uint8=np.uint8,
         tensor=lambda values, dtype, device: create(np.array(values, dtype)),
         from_numpy=create,
         empty=lambda shape, dtype, device: create(np.zeros(shape, dtype)),
@@ -145,17 +146,26 @@ def fake_torch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> SimpleNamespa
         ),
     )
 
-    def run(command: list[str], **options: Any) -> SimpleNamespace:
-        del options
-        peers._serve(Path(command[-1]))
-        return SimpleNamespace(returncode=0)
-
     freeze_times(monkeypatch)
+    serve_in_this_process(monkeypatch)
     (library := tmp_path / "fa3.so").touch()
     monkeypatch.setenv("FA3_LIBRARY", str(library))
     monkeypatch.setitem(sys.modules, "torch", torch)
-    monkeypatch.setattr(subprocess, "run", run)
     return torch
+
+
+def serve_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`subprocess.run` of a peer calls it here."""
+
+    def run(command: list[str], **options: Any) -> SimpleNamespace:
+        del options
+        try:
+            peers._serve(Path(command[-1]))
+        except SystemExit as refusal:
+            return SimpleNamespace(returncode=1, stderr=str(refusal))
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(subprocess, "run", run)
 
 
 def named(schema: list[str], arguments: tuple[Any, ...]) -> dict[str, Any]:
@@ -234,3 +244,68 @@ def test_peer_that_disagrees_is_named(
     monkeypatch.setattr(fake_torch.ops._vllm_fa3_C, "fwd", attend_sharply)
     assert main(["--cases", "2x9", "--peers=fa3", *OPTIONS, *QUICK]) == 1
     assert "peers disagree: fa3 on 2x9" in capsys.readouterr().out
+
+
+class FlashInferWrapper:
+    """A stand-in for FlashInfer's wrapper, which attends as the stand-in for FlashAttention-3 does."""
+
+    def __init__(self, workspace: Any, kv_layout: str) -> None:
+        assert workspace.dtype == np.uint8
+        assert kv_layout == "NHD"
+
+    def plan(self, **given: Any) -> None:
+        self.given = SimpleNamespace(**given)
+
+    def run(self, query: Any, caches: tuple[Any, Any], *, out: Any) -> None:
+        given = self.given
+        counts = np.diff(given.paged_kv_indptr)
+        tables = np.zeros((len(counts), counts.max()), np.int32)
+        tables[np.arange(counts.max()) < counts[:, None]] = given.paged_kv_indices
+        lengths = (counts - 1) * given.page_size + given.paged_kv_last_page_len
+        assert query.shape[1:] == (given.num_qo_heads, given.head_dim_qk)
+        maxima = (np.diff(given.qo_indptr).max(), lengths.max())
+        masks = Fa3Masks(given.causal, given.window_left, 0, given.logits_soft_cap)
+        forward(*fa3_forward_arguments(query, *caches, out, given.qo_indptr, lengths, *maxima, tables, masks, None))
+
+
+def test_flashinfer_gets_the_same_problem(
+    fake_torch: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(
+        sys.modules, "flashinfer", SimpleNamespace(BatchPrefillWithPagedKVCacheWrapper=FlashInferWrapper)
+    )
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "0.7")
+    assert main(["--cases", "2x9+1x3of8,1x6of6-window3-cap2", "--peers=flashinfer", *OPTIONS, *QUICK]) == 0
+    assert "over 2 cases" in capsys.readouterr().out
+    case, tables = parse_case("2x9+1x3of8", **SIZES), np.arange(9, dtype=np.int32).reshape(3, 3)
+    arguments = flashinfer_plan_arguments(fake_torch, case, Fa3Masks.of(case), tables)
+    np.testing.assert_array_equal(arguments["paged_kv_indptr"], [0, 3, 6, 8])
+    np.testing.assert_array_equal(arguments["paged_kv_indices"], range(8))
+    np.testing.assert_array_equal(arguments["paged_kv_last_page_len"], [1, 1, 4])
+
+
+@pytest.mark.usefixtures("fake_torch")
+@pytest.mark.parametrize(
+    ("peer", "words"), [("fa3", "FA3_LIBRARY does not name"), ("flashinfer", "FlashInfer is not installed")]
+)
+def test_a_missing_peer_is_named(
+    peer: str, words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("FA3_LIBRARY")
+    main(["--cases", "2x9", f"--peers={peer}", *OPTIONS, *QUICK])
+    assert words in capsys.readouterr().out
+
+
+def test_jax_peers_compute_the_same(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """JAX's paged attention in the interpreter, and XLA in the place of cuDNN; what they do not do is named."""
+    freeze_times(monkeypatch)
+    serve_in_this_process(monkeypatch)
+    cases = "2x64,2x33,1x40of40,2x8of24,2x9-window4,1x12-sinks"
+    sizes = ("--num-q-heads=4", "--num-kv-heads=2", "--head-dim=32", "--page-size=16", "--platform=xla")
+    assert main(["--cases", cases, "--peers=pallas,cudnn,xla", *sizes, "--pool-gb=2e-3", *QUICK]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"pallas / ours: .* over 2 cases", printed)
+    assert re.search(r"cudnn / ours: .* over 3 cases", printed)
+    assert re.search(r"xla / ours: .* over 6 cases", printed)
+    assert "pallas on 1x40of40 and 1 more: pallas does not do several new tokens a sequence" in printed
+    assert "cudnn on 2x8of24: cudnn does not do chunks behind a context" in printed

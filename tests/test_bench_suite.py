@@ -31,7 +31,8 @@ def run_suite(*options: str, **environment: str) -> subprocess.CompletedProcess[
 def planted(folder: Path, change: str) -> dict[str, str]:
     """The environment of a run in which a plugin, `planted`, changes `jax_bridge.page_attention`."""
     (folder / "planted.py").write_text(
-        f"import jax_bridge\nfrom jax import lax\nright = jax_bridge.page_attention\njax_bridge.page_attention = {change}\n"
+        "import jax_bridge\nfrom jax import lax\nright = jax_bridge.page_attention\n"
+        f"jax_bridge.page_attention = {change}\n"
     )
     return {"PYTHONPATH": str(folder)}
 
