@@ -37,6 +37,7 @@ DRAWN_LENGTHS = (128, 16_384)
 
 NAMES = ("1x4096", "1x32768", "8x4096", "12x8192", "32x2048", "64x4096", "128x1024", "256x4096", "ragged64")
 BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 40, 48, 64, 96, 128, 192, 256)
+CONTEXTS = {1: (1024, 2048, 4096, 8192, 16_384, 32_768, 65_536, 131_072), 16: (512, 1024, 2048, 4096, 8192, 16_384)}
 CHUNKS = (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 SHAPES = ("-d64", "-d80", "-d96", "-d256", "-kv32", "-kv1", "-page1", "-page64", "-page256")
 FEATURES = "-window4096-cap30-sinks"
@@ -53,6 +54,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "shapes": tuple(base + suffix for base in (DECODE_BASE, PREFILL_BASE) for suffix in ("", *SHAPES)),
     "features": tuple(base + suffix for base in (DECODE_BASE, PREFILL_BASE) for suffix in ("", FEATURES)),
     "cliff": tuple(f"{num_seqs}x4096" for num_seqs in BATCHES),
+    "contexts": tuple(f"{num_seqs}x{keys}" for num_seqs, lengths in CONTEXTS.items() for keys in lengths),
     "chunks": (
         *("1x16384", *(f"1x{tokens}of16384" for tokens in CHUNKS)),
         *("16x4096", *(f"16x{tokens}of4096" for tokens in CHUNKS if tokens <= 512)),

@@ -106,7 +106,7 @@ def print_report(results: Results) -> None:
     groups = {name: results.group(name) for name in results.groups} or {"": list(results.reports)}
     for name, reports in groups.items():
         print(f"\n{name}" if len(groups) > 1 else "")
-        _print_table([_columns(results), *(_row(report, results) for report in reports)])
+        _print_table(comparison_table(results, reports))
     print()
     for name, reports in groups.items():
         _print_means(f", {name}" if len(groups) > 1 else "", reports, results.peer_names)
@@ -121,6 +121,18 @@ def _print_failures(failures: Iterable[tuple[str, str]]) -> None:
     for message, where in places.items():
         others = f" and {len(where) - 1} more" if len(where) > 1 else ""
         print(f"{where[0]}{others}: {message}")
+
+
+def comparison_table(results: Results, reports: Sequence[CaseReport]) -> list[list[str]]:
+    """Cases with our best configuration beside every peer; the first row names the columns."""
+    return [_columns(results), *(_row(report, results) for report in reports)]
+
+
+def means(reports: Sequence[CaseReport], peer: str) -> tuple[float, float, int] | None:
+    """Geometric mean and least of the peer's times over ours, and of how many cases; None where it was not timed."""
+    ratios = [report.seconds(peer) / report.seconds(OURS) for report in reports]
+    values = [ratio for ratio in ratios if not math.isnan(ratio)]
+    return (statistics.geometric_mean(values), min(values), len(values)) if values else None
 
 
 def _columns(results: Results) -> list[str]:
@@ -159,10 +171,9 @@ def _print_table(rows: Sequence[Sequence[str]]) -> None:
 
 def _print_means(label: str, reports: Sequence[CaseReport], peers: Sequence[str]) -> None:
     for peer in peers:
-        ratios = [report.seconds(peer) / report.seconds(OURS) for report in reports]
-        if values := [ratio for ratio in ratios if not math.isnan(ratio)]:
-            mean, least = statistics.geometric_mean(values), min(values)
-            print(f"{peer} / ours{label}: geometric mean {mean:.3f}, least {least:.3f}, over {len(values)} cases")
+        if found := means(reports, peer):
+            mean, least, count = found
+            print(f"{peer} / ours{label}: geometric mean {mean:.3f}, least {least:.3f}, over {count} cases")
 
 
 def _print_variants(results: Results) -> None:

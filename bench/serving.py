@@ -32,9 +32,10 @@ from bench.serving_check import (
 )
 from bench.serving_engine import Compilations, Engine, cache_bytes
 from bench.serving_model import ATTENTION_CHOICES, AttentionChoice, ModelConfig
-from bench.serving_report import Measures, StepSample, build_table, draw_timeline
+from bench.serving_report import Measures, StepSample, build_table, draw_timeline, measured_rows, store
 from bench.serving_scheduler import PagePool, Request, Scheduler
 from bench.serving_trace import TraceError, TraceRequest, load_trace, scale_requests
+from bench.timing import describe_machine
 
 PLATFORMS = ("auto", "triton", "pallas", "xla")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -142,7 +143,10 @@ def _serve(console: Console, options: argparse.Namespace, requests: list[Request
         replay_compilations=during_replay.count,
         step_programs=step_programs,
     )
-    console.print(build_table(measures))
+    rows = measured_rows(measures)
+    console.print(build_table(rows))
+    if options.json:
+        store(options.json, describe_machine(), rows, measures)
     if replay.samples:
         draw_timeline(replay.samples, pool.num_pages, options.max_batch, options.output)
         console.print(f"timeline: {escape(str(options.output))}", highlight=False, soft_wrap=True)
@@ -305,6 +309,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     model.add_argument("--dtype", choices=DTYPES, default="float32", help="of weights, activations and cache")
     output = parser.add_argument_group("output")
     output.add_argument("--output", type=Path, default=Path("build/serving/timeline.png"), help="picture of the run")
+    output.add_argument("--json", type=Path, help="store the measures and steps here, for bench.report")
     output.add_argument("--check-seconds", type=_positive_float, default=20.0, help="a check of tokens or of attention "
                         "that takes longer leaves out the rest of its sample")  # fmt: skip
     output.add_argument("--no-check", dest="check", action="store_false", help="check the books only")

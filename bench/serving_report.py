@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import matplotlib
 import numpy as np
 import numpy.typing as npt
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from bench.plots import INK, figure
 from bench.serving_engine import AttentionShare
 from bench.serving_scheduler import Request, RequestState, Scheduler
 
-INK, GRID = "#333333", "#d9d9d9"
 PROMPT_COLOUR, ANSWER_COLOUR, WAITING_COLOUR, PREEMPTION_COLOUR = "#4477aa", "#228833", "#997700", "#cc3311"
 TIME_BINS = 60
 
@@ -54,8 +54,33 @@ def _percentiles(seconds: Sequence[float]) -> str:
     return " / ".join(f"{1000 * value:.1f}" for value in np.percentile(seconds, (50, 95, 99))) + " ms"
 
 
-def build_table(measures: Measures) -> Table:
+def build_table(rows: Sequence[tuple[str, str]]) -> Table:
     """The table of a finished (or interrupted) replay."""
+    table = Table(box=SIMPLE_HEAD, title="Serving replay", title_justify="left")
+    table.add_column("measure")
+    table.add_column("value")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def store(path: Path, facts: dict[str, str], rows: Sequence[tuple[str, str]], measures: Measures) -> None:
+    """Store what the table and the picture are made of, and the tokens a second, for `bench.report`."""
+    content = {
+        "facts": facts,
+        "title": facts["command"],
+        "measures": rows,
+        "generated_tokens_per_second": measures.scheduler.generated_tokens / max(measures.seconds, 1e-9),
+        "pool_pages": measures.scheduler.pool.num_pages,
+        "max_batch": measures.scheduler.max_batch,
+        "samples": measures.samples,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content) + "\n")
+
+
+def measured_rows(measures: Measures) -> list[tuple[str, str]]:
+    """Name and value of every measure, in words."""
     requests, scheduler, samples = measures.requests, measures.scheduler, measures.samples
     served = [request for request in requests if request.state is RequestState.SERVED]
     refused = sum(request.state is RequestState.REFUSED for request in requests)
@@ -66,10 +91,7 @@ def build_table(measures: Measures) -> Table:
     pool = scheduler.pool
     peak, mean = _peak_and_mean([sample.used_pages for sample in samples])
     peak_batch, mean_batch = _peak_and_mean([sample.running for sample in samples])
-    table = Table(box=SIMPLE_HEAD, title="Serving replay", title_justify="left")
-    table.add_column("measure")
-    table.add_column("value")
-    rows = [
+    return [
         ("requests", f"{len(requests)} submitted: {len(served)} served, {refused} refused"),
         ("replay", f"{measures.seconds:.2f} s, {len(samples)} steps"),
         ("steps with prompts", _prompt_steps(samples)),
@@ -91,9 +113,6 @@ def build_table(measures: Measures) -> Table:
             f"{measures.replay_compilations} during the replay",
         ),
     ]
-    for row in rows:
-        table.add_row(*row)
-    return table
 
 
 def _peak_and_mean(values: Sequence[int]) -> tuple[float, float]:
@@ -123,18 +142,7 @@ def _attention_share(attention: AttentionShare | None) -> str:
 
 def draw_timeline(samples: Sequence[StepSample], num_pages: int, max_batch: int, path: Path) -> None:
     """Draw batch size, pool use and tokens a second over the time of the run as a PNG."""
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    style: Any = {
-        "axes.edgecolor": GRID,
-        "axes.labelcolor": INK,
-        "text.color": INK,
-        "xtick.color": INK,
-        "ytick.color": INK,
-    }
-    with matplotlib.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, **style}):
-        figure, (batch, pool, speed) = pyplot.subplots(3, 1, figsize=(10, 8), sharex=True, layout="constrained")
+    with figure(path, rows=3, size=(10, 8), font_size=10) as (batch, pool, speed):
         times = np.asarray([sample.time for sample in samples])
         running = [sample.running for sample in samples]
         batch.fill_between(times, running, step="pre", color=PROMPT_COLOUR, alpha=0.35, linewidth=0)
@@ -173,15 +181,9 @@ def draw_timeline(samples: Sequence[StepSample], num_pages: int, max_batch: int,
         speed.set_ylabel("tokens / s")
         speed.set_xlabel("seconds since the start of the replay")
         for axes in (batch, pool, speed):
-            axes.grid(axis="y", color=GRID, linewidth=0.6)
-            axes.set_axisbelow(True)
-            axes.set_ylim(bottom=0)
             axes.margins(x=0)
             if axes.get_legend_handles_labels()[0]:
                 axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False, borderaxespad=0.1)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=130, facecolor="white")
-        pyplot.close(figure)
 
 
 def _token_rates(

@@ -1,11 +1,11 @@
 """Unified attention beside its peers: `python -m bench.unified --peers fa3 --json unified.json`.
 
 Times any mix of prompts and decodes in bfloat16, as `bench.decode` times single tokens: in one jitted program per case,
-over rotating page tables and queries, every timed case checked in the same run. Examples:
+over rotating page tables and queries, every timed case checked in the same run. `bench.report` draws what it stores.
+Examples:
 
     python -m bench.unified --groups prefill,mixed --configs 'default;prefill_block_m=128,num_stages=3'
     python -m bench.unified --groups cliff,chunks --peers fa3 --json scaling.json --time-limit 420
-    python -m bench.unified --from scaling.json --plot docs/bandwidth_over_batch.png --plot-chunks docs/chunks.png
     python -m bench.unified --cases 1x4096of4096,1x1024of1024 --operation prefill_page_attention
     JAX_PLATFORMS=cpu python -m bench.unified --cases 2x48+1x5of9,2x7of30-window8 --pool-gb 0.2 --platform xla
 """
@@ -15,13 +15,10 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from bench.cases import DEFAULT_GROUPS, GROUPS, AttentionCase, parse_case
 from bench.comparison import Plan, add_options, exit_code, finish_options, geometry_of, run_plan
 from bench.operations import OPERATIONS
-from bench.plots import plot_bandwidth, plot_chunks
-from bench.results import read_json
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> tuple[argparse.Namespace, Plan]:
@@ -34,9 +31,6 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> tuple[argparse.Na
     )
     parser.add_argument("--cases", default="", help="further cases by commas; see parse_case in bench/cases.py")
     parser.add_argument("--operation", choices=list(OPERATIONS), default="unified_attention")
-    parser.add_argument("--from", dest="stored", type=Path, help="time nothing, take the results from this JSON file")
-    parser.add_argument("--plot", type=Path, help="draw bandwidth over batch size, of the group cliff")
-    parser.add_argument("--plot-chunks", type=Path, help="draw time over new tokens, of the group chunks")
     add_options(parser, layout="PTHD")
     options = parser.parse_args(arguments)
     try:
@@ -65,11 +59,7 @@ def select_groups(options: argparse.Namespace) -> dict[str, list[AttentionCase]]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options, plan = parse_arguments(arguments)
-    results = read_json(options.stored) if options.stored else run_plan(plan, options)
-    for path, plot in ((options.plot, plot_bandwidth), (options.plot_chunks, plot_chunks)):
-        if path:
-            plot(results, path)
-    return 0 if options.stored else exit_code(results)
+    return exit_code(run_plan(plan, options))
 
 
 if __name__ == "__main__":

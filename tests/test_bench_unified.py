@@ -1,4 +1,4 @@
-"""The unified benchmark's own arithmetic: cases, work counts, checks, configurations, stored results and pictures."""
+"""The unified benchmark's own arithmetic: cases, work counts, checks, configurations, and stored results."""
 
 from __future__ import annotations
 
@@ -284,18 +284,3 @@ def test_baselines_are_readable(path: Path) -> None:
     for report in results.reports:
         assert report.case == parse_case(report.case.name)
         assert report.timed
-
-
-def test_pictures_are_drawn_from_stored_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from matplotlib import image
-
-    seconds = {name: 1e-5 + parse_case(name).kv_bytes / 3e12 for name in (*GROUPS["cliff"], *GROUPS["chunks"])}
-    stored, bandwidth, chunks = (tmp_path / name for name in ("results.json", "bandwidth.png", "chunks.png"))
-    write_json(stored, results_of(seconds, {name: GROUPS[name] for name in ("cliff", "chunks")}))
-    assert main(["--from", str(stored), "--plot", str(bandwidth), "--plot-chunks", str(chunks)]) == 0
-    assert not capsys.readouterr().out
-    for path in (bandwidth, chunks):
-        picture = image.imread(path)
-        assert picture.shape[1] >= 900
-        assert picture[0, 0].min() == 1  # a white border
-        assert picture[..., :3].std() > 0.05
