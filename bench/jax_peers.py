@@ -1,7 +1,6 @@
 """Peers that are called from JAX, in the process of `bench.peers`, timed as our own operations are.
 
-`pallas` is JAX's own paged attention (`jax.experimental.pallas.ops.gpu.paged_attention`, deprecated): decoding only,
-and the softmax scale goes into the queries. `cudnn` is `jax.nn.dot_product_attention`, which knows no pages: it gets
+`pallas` is JAX's own paged attention, see `bench.jax_paged`: decoding only. `cudnn` is `jax.nn.dot_product_attention`, which knows no pages: it gets
 the keys of every sequence one after another, gathered beforehand, outside the timed region. `xla` is this project's
 own operation on `platform="xla"`: what JAX does without any kernel.
 """
@@ -11,7 +10,6 @@ from __future__ import annotations
 import functools
 import math
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,12 +19,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from bench.cases import ArgumentSet, AttentionCase, argument_sets, by_geometry, num_pool_pages
+from bench.jax_paged import KV_LAYOUT as PALLAS_LAYOUT
+from bench.jax_paged import jax_paged_attention
 from bench.operations import OPERATIONS
 from bench.peers import Answer, Request
 from bench.runner import Pool, attend_case, call_arrays
 from bench.timing import Timing, compile_program, measure_program
 
-K_SPLITS = 16  # what JAX's paged attention takes by default
 ON_GPU = jax.default_backend() == "gpu"
 
 Arrays = tuple[Any, ...]
@@ -56,29 +55,13 @@ def _pallas_lacks(case: AttentionCase) -> str | None:
 
 def _pallas_arrays(case: AttentionCase, pool: Pool, arguments: ArgumentSet) -> Arrays:
     del pool
-    tables = arguments.block_tables
-    width = -(-tables.shape[1] // K_SPLITS) * K_SPLITS  # as many pages for every split
-    tables = np.pad(tables, ((0, 0), (0, width - tables.shape[1])))
-    query = jnp.asarray(arguments.query, jnp.bfloat16)
-    return query, jnp.asarray(tables), jnp.asarray(case.lengths, jnp.int32)
+    query, lens, _, tables, _ = call_arrays(case, arguments)
+    return query, lens, tables
 
 
-def _pallas_attend(case: AttentionCase, key_cache: Any, value_cache: Any, query: Any, tables: Any, lens: Any) -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        from jax.experimental.pallas.ops.gpu.paged_attention import paged_attention
-
-    scaled = (query.astype(jnp.float32) * case.head_dim**-0.5).astype(query.dtype)
-    return paged_attention(
-        scaled,
-        key_cache,
-        value_cache,
-        tables,
-        lens,
-        k_splits=K_SPLITS,
-        attn_logits_soft_cap=case.soft_cap,
-        interpret=not ON_GPU,
-    )
+def _pallas_attend(case: AttentionCase, *arrays: Any) -> jax.Array:
+    key_cache, value_cache, query, lens, tables = arrays
+    return jax_paged_attention(query, key_cache, value_cache, lens, tables, soft_cap=case.soft_cap)
 
 
 def _cudnn_lacks(case: AttentionCase) -> str | None:
@@ -125,7 +108,7 @@ def _xla_attend(case: AttentionCase, *arrays: Any) -> jax.Array:
 _PEERS = {
     "pallas": _Peer(
         "jax.experimental.pallas.ops.gpu.paged_attention, K/V [Hkv, P, ps, D], default sizes",
-        "HPTD",
+        PALLAS_LAYOUT,
         _pallas_lacks,
         _pallas_arrays,
         _pallas_attend,

@@ -43,6 +43,7 @@ VERDICTS = {True: "[green]passed[/]", False: "[bold red]FAILED[/]", None: "[yell
 ATTENTION_WORDS = {
     "unified": "one unified_attention call a step",
     "page": "page_attention where a step only decodes, else unified_attention",
+    "pallas": "JAX's own Pallas operation where a step only decodes, else unified_attention",
 }
 LONGEST_SLEEP = 0.05
 CHECKED_REQUESTS = 4
@@ -296,7 +297,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     serving.add_argument("--step-tokens", type=_positive, default=128, help="most tokens of a step: one of each "
                          "decoding sequence, then chunks of as many prompts as fit")  # fmt: skip
     serving.add_argument("--attention", choices=ATTENTION_CHOICES, default="unified", help="unified: one call of "
-                         "unified_attention a step; page: page_attention for steps that only decode")  # fmt: skip
+                         "unified_attention a step; page: page_attention for steps that only decode; pallas: JAX's "
+                         "paged attention for these")  # fmt: skip
     serving.add_argument("--platform", choices=PLATFORMS, default="auto", help="of attention")
     model = parser.add_argument_group("model")
     model.add_argument("--layers", type=_positive, default=4, help="decoder layers")

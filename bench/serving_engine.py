@@ -115,7 +115,8 @@ class Engine:
         mixed = (StepShape(max_batch, max(rows, max_batch + 1)) for rows in row_buckets(step_tokens))
         self.shapes = tuple(dict.fromkeys((*decoding, *mixed)))
         self.weights = init_weights(config, seed)
-        self.caches = init_caches(config, pool_pages, page_size)
+        self.caches = init_caches(config, pool_pages, page_size, attention.kv_layout)
+        self.kv_layout = attention.kv_layout
         self.records: dict[StepShape, StepRecords] = {}
         self._random = np.random.default_rng(seed)
         # A fresh function object for each engine: jit shares its cache between wrappers of one function.
@@ -170,9 +171,14 @@ class Engine:
             tokens: how many.
         """
         places = np.asarray(pages) + int(layer) * self.pool_pages
+        to_token_major = [self.kv_layout.index(axis) for axis in "PTHD"]
         shape = (-1, self.config.kv_heads, self.config.head_dim)
-        key, value = (np.asarray(cache[places]).reshape(shape)[:tokens].astype(np.float64) for cache in self.caches)
-        return key, value
+
+        def read(cache: jax.Array) -> npt.NDArray[np.float64]:
+            own = np.asarray(jnp.take(cache, places, axis=self.kv_layout.index("P"))).transpose(to_token_major)
+            return own.reshape(shape)[:tokens].astype(np.float64)
+
+        return read(self.caches.key), read(self.caches.value)
 
     def build_inputs(self, plan: StepPlan) -> tuple[HostStep, StepShape]:
         """The arrays of a step, padded to the smallest compiled shape that holds it."""

@@ -15,10 +15,12 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from bench import jax_paged
 from jax_bridge import page_attention, unified_attention, write_kv_pages
+from jax_bridge.layouts import CacheSizes, cache_shape
 
 KV_LAYOUT = "PTHD"
-ATTENTION_CHOICES = ("unified", "page")
+ATTENTION_CHOICES = ("unified", "page", "pallas")
 
 
 @dataclass(frozen=True)
@@ -27,12 +29,17 @@ class AttentionChoice:
 
     Attributes:
         operation: "unified": one call of `unified_attention` for any step; "page": `page_attention` for the steps that
-            only decode.
-        platform: of the operation.
+            only decode; "pallas": JAX's own operation for these.
+        platform: of our operations.
     """
 
     operation: str
     platform: str
+
+    @property
+    def kv_layout(self) -> str:
+        """The layout of the caches: JAX's operation knows one only."""
+        return jax_paged.KV_LAYOUT if self.operation == "pallas" else KV_LAYOUT
 
 
 @dataclass(frozen=True)
@@ -73,7 +80,7 @@ class Weights(NamedTuple):
 
 
 class Caches(NamedTuple):
-    """K and V of every layer, each `[layers * P, ps, Hkv, D]`."""
+    """K and V of every layer, each `[layers * P, ps, Hkv, D]`, or in the layout that an `AttentionChoice` has."""
 
     key: Array
     value: Array
@@ -139,9 +146,10 @@ def init_weights(config: ModelConfig, seed: int) -> Weights:
     return jax.jit(build)(jax.random.key(seed, impl="rbg"))  # this generator compiles in a fraction of the time
 
 
-def init_caches(config: ModelConfig, num_pages: int, page_size: int) -> Caches:
+def init_caches(config: ModelConfig, num_pages: int, page_size: int, kv_layout: str = KV_LAYOUT) -> Caches:
     """Empty caches."""
-    shape = (config.layers * num_pages, page_size, config.kv_heads, config.head_dim)
+    sizes = CacheSizes(config.layers * num_pages, page_size, config.kv_heads, config.head_dim)
+    shape = cache_shape(kv_layout, sizes)
     return Caches(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype))
 
 
@@ -158,10 +166,13 @@ def attend_step(queries: Array, caches: Caches, inputs: StepInputs[Array], atten
         `[T, Hq, D]`.
     """
     sequences = (queries, caches.key, caches.value, inputs.kv_lens, inputs.block_tables)
-    if attention.operation == "page" and queries.shape[0] == inputs.kv_lens.shape[0]:
-        return page_attention(*sequences, kv_layout=KV_LAYOUT, platform=attention.platform)
+    only_decodes = queries.shape[0] == inputs.kv_lens.shape[0]
+    if attention.operation == "page" and only_decodes:
+        return page_attention(*sequences, kv_layout=attention.kv_layout, platform=attention.platform)
+    if attention.operation == "pallas" and only_decodes:
+        return jax_paged.jax_paged_attention(*sequences)
     attended: Array = unified_attention(
-        *sequences, inputs.query_start_loc, kv_layout=KV_LAYOUT, platform=attention.platform
+        *sequences, inputs.query_start_loc, kv_layout=attention.kv_layout, platform=attention.platform
     )
     return attended
 
@@ -198,12 +209,18 @@ def attention_only(
     queries: Array, caches: Caches, inputs: StepInputs[Array], *, config: ModelConfig, attention: AttentionChoice
 ) -> Array:
     """The attention calls of a step and nothing else; each layer's output is the next one's query."""
-    num_pages, page_size = caches.key.shape[0] // config.layers, caches.key.shape[1]
+    pages, page_size = _pages_of_a_layer(caches, config, attention)
 
     def attend_layer(queries: Array, layer: Array) -> tuple[Array, None]:
-        return attend_step(queries, caches, shift_to_layer(inputs, layer, num_pages, page_size), attention), None
+        return attend_step(queries, caches, shift_to_layer(inputs, layer, pages, page_size), attention), None
 
     return lax.scan(attend_layer, queries, jnp.arange(config.layers, dtype=jnp.int32))[0]
+
+
+def _pages_of_a_layer(caches: Caches, config: ModelConfig, attention: AttentionChoice) -> tuple[int, int]:
+    """Pages of one layer, and tokens of a page."""
+    sizes = dict(zip(attention.kv_layout, caches.key.shape, strict=True))
+    return sizes["P"] // config.layers, sizes["T"]
 
 
 def _run_layers[Observed](
@@ -216,19 +233,21 @@ def _run_layers[Observed](
     observe: Callable[[Array, Array], Observed],
 ) -> tuple[Caches, Array, Observed]:
     """Caches, the last hidden state, and what `observe` makes of each layer's attention queries and outputs."""
-    num_pages, page_size = caches.key.shape[0] // config.layers, caches.key.shape[1]
+    pages, page_size = _pages_of_a_layer(caches, config, attention)
 
     def run_layer(
         carry: tuple[Array, Caches], layer: tuple[LayerWeights, Array]
     ) -> tuple[tuple[Array, Caches], Observed]:
         hidden, caches = carry
         weights, index = layer
-        here = shift_to_layer(inputs, index, num_pages, page_size)
+        here = shift_to_layer(inputs, index, pages, page_size)
         normed = _rms_norm(hidden, weights.attention_norm, config.norm_epsilon)
         queries = _rotate(_split_heads(_project(normed, weights.query), config.heads), here.positions, config.rope_base)
         keys = _rotate(_split_heads(_project(normed, weights.key), config.kv_heads), here.positions, config.rope_base)
         values = _split_heads(_project(normed, weights.value), config.kv_heads)
-        caches = Caches(*write_kv_pages(keys, values, caches.key, caches.value, here.slots, kv_layout=KV_LAYOUT))
+        caches = Caches(
+            *write_kv_pages(keys, values, caches.key, caches.value, here.slots, kv_layout=attention.kv_layout)
+        )
         attended = attend_step(queries, caches, here, attention)
         hidden = hidden + _project(attended.reshape(hidden.shape[0], -1), weights.output)
         normed = _rms_norm(hidden, weights.mlp_norm, config.norm_epsilon)

@@ -341,6 +341,9 @@ class TestReplay:
         )
         np.testing.assert_allclose(unified, page, rtol=1e-5, atol=1e-6)
         assert not np.any(page[2:])
+        of_jax = AttentionChoice("pallas", "xla")
+        head_first = Caches(*(cache.transpose(["PTHD".index(axis) for axis in of_jax.kv_layout]) for cache in caches))
+        np.testing.assert_allclose(attend_step(queries, head_first, inputs, of_jax)[:2], page[:2], rtol=1e-5, atol=1e-6)
 
     def test_kernel_in_the_interpreter(self, replayed: tuple[Engine, Scheduler, list[Request], serving.Replay]) -> None:
         check = serving_check.check_interpreted_kernel(replayed[0])
@@ -376,13 +379,14 @@ def dense_greedy(engine: Engine, request: Request) -> list[int]:
 
 
 class TestCommand:
-    def test_runs_end_to_end(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    @pytest.mark.parametrize("attention", ["unified", "pallas"])
+    def test_runs_end_to_end(self, attention: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         trace = tmp_path / "trace.csv"
         trace.write_text("\n".join([HEADER, "0,40,12", "0.5,300,12", "1,28,0", "2,4,20"]))
         flags = (
             "--requests 4 --size-scale 0.5 --all-at-once --pool-pages 16 --page-size 4 --max-batch 1 --max-context 40 "
             "--step-tokens 1 --layers 1 --hidden 16 --heads 2 --kv-heads 1 --head-dim 8 --intermediate 16 "
-            "--vocabulary 32"
+            f"--vocabulary 32 --attention {attention}"
         )
         picture = tmp_path / "pictures" / "timeline.png"
         assert serving.main([*flags.split(), "--no-check", "--trace", str(trace), "--output", str(picture)]) == 0
