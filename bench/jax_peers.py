@@ -1,8 +1,8 @@
 """Peers that are called from JAX, in the process of `bench.peers`, timed as our own operations are.
 
-`pallas` is JAX's own paged attention, see `bench.jax_paged`: decoding only. `cudnn` is `jax.nn.dot_product_attention`, which knows no pages: it gets
-the keys of every sequence one after another, gathered beforehand, outside the timed region. `xla` is this project's
-own operation on `platform="xla"`: what JAX does without any kernel.
+`pallas` is JAX's own paged attention, see `bench.jax_paged`: decoding only. `cudnn` is `jax.nn.dot_product_attention`,
+which knows no pages: it gets the keys of every sequence one after another, gathered beforehand, outside the timed
+region. `xla` is this project's own operation on `platform="xla"`: what JAX does without any kernel.
 """
 
 from __future__ import annotations
