@@ -176,6 +176,12 @@ def _disassemble(cubin: bytes) -> tuple[str, str]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        sass = subprocess.check_output([_TOOLS / "nvdisasm", "-c", file.name], text=True)
-        usage = subprocess.check_output([_TOOLS / "cuobjdump", "-res-usage", file.name], text=True)
-    return sass, usage
+        return _answer("nvdisasm", "-c", file.name), _answer("cuobjdump", "-res-usage", file.name)
+
+
+def _answer(tool: str, *arguments: str) -> str:
+    """What a tool prints; its warnings, of which there are some for every binary, only where it fails."""
+    finished = subprocess.run([_TOOLS / tool, *arguments], capture_output=True, text=True, check=False)
+    if finished.returncode:
+        raise RuntimeError(f"{tool} {' '.join(arguments)}: {finished.stderr}")
+    return finished.stdout

@@ -22,7 +22,7 @@ from triton.backends.compiler import GPUTarget
 
 import jax_bridge
 from bench.machine_code import Binary, Launch, compile_launch, launches_of
-from jax_bridge import dense_launch, device, paged_launch
+from jax_bridge import dense_launch, device, kv_pages, paged_launch, states
 
 BASELINE = Path(__file__).parent / "baselines" / "static.json"
 
@@ -33,6 +33,9 @@ MORE_IS_BETTER = ("depth", "wgmma", "mma", "cp_async", "skipping_loops")
 
 Figures = dict[str, int]
 
+Call = Callable[[Any], list[Launch]]
+"""What a call launches with a configuration, or with the one that heuristics choose for None."""
+
 
 def _array(*shape: int, dtype: Any = jnp.bfloat16) -> Any:
     return jax.ShapeDtypeStruct(shape, dtype)
@@ -42,40 +45,77 @@ def _index(*shape: int) -> Any:
     return _array(*shape, dtype=jnp.int32)
 
 
-def _traced(module: Any, operation: Callable[..., Any], *arrays: Any, **options: Any) -> Callable[[Any], list[Launch]]:
-    """A function of a configuration that traces a call, and returns what it launches through `module`."""
+def _traced(modules: tuple[Any, ...], operation: Callable[..., Any], *arrays: Any, **options: Any) -> Call:
+    """A function of a configuration that traces a call, and returns what it launches through `modules`."""
 
     def launches(cfg: Any) -> list[Launch]:
-        call = functools.partial(operation, **options, platform="triton", cfg=cfg)
-        return launches_of(call, *arrays, modules=(module,))
+        configured = {} if cfg is None else {"cfg": cfg}
+        call = functools.partial(operation, **options, platform="triton", **configured)
+        return launches_of(call, *arrays, modules=modules)
 
     return launches
 
 
-CACHE = _array(1 << 14, 16, 8, 128)
+def _cache(head_dim: int = 128, dtype: Any = jnp.bfloat16) -> Any:
+    return _array(1 << 14, 16, 8, head_dim, dtype=dtype)
 
 
-def _unified(num_tokens: int, num_seqs: int, **options: Any) -> Callable[[Any], list[Launch]]:
+def _unified(
+    num_tokens: int, num_seqs: int, head_dim: int = 128, cache_dtype: Any = jnp.bfloat16, **options: Any
+) -> Call:
     lengths, tables, starts = _index(num_seqs), _index(num_seqs, 256), _index(num_seqs + 1)
-    arrays = (_array(num_tokens, 32, 128), CACHE, CACHE, lengths, tables, starts)
-    return _traced(paged_launch, jax_bridge.unified_attention, *arrays, **options)
+    cache = _cache(head_dim, cache_dtype)
+    arrays = (_array(num_tokens, 32, head_dim), cache, cache, lengths, tables, starts)
+    return _traced((paged_launch,), jax_bridge.unified_attention, *arrays, **options)
 
 
-CALLS: dict[str, Callable[[Any], list[Launch]]] = {
+def _dense(num_tokens: int, **options: Any) -> Call:
+    arrays = (_array(1, num_tokens, heads, 128) for heads in (32, 8, 8))
+    return _traced((dense_launch,), jax_bridge.attention, *arrays, causal=True, **options)
+
+
+def _segments(num_tokens: int) -> Any:
+    return jax_bridge.MaskInfo.from_segments(_index(1, num_tokens), _index(1, num_tokens))
+
+
+def _write(dtype: Any, **options: Any) -> Call:
+    tokens = (_array(8192, 8, 128),) * 2
+    arrays = (*tokens, _cache(dtype=dtype), _cache(dtype=dtype), _index(8192))
+    return _traced((kv_pages,), jax_bridge.write_kv_pages, *arrays, **options)
+
+
+CALLS: dict[str, Call] = {
     "page_attention": _traced(
-        paged_launch, jax_bridge.page_attention, _array(8, 32, 128), CACHE, CACHE, _index(8), _index(8, 256)
+        (paged_launch,), jax_bridge.page_attention, _array(8, 32, 128), _cache(), _cache(), _index(8), _index(8, 256)
+    ),
+    "ragged_decode_attention": _traced(
+        (paged_launch,),
+        jax_bridge.ragged_decode_attention,
+        *(_array(8, 32, 128), _array(8, 8192, 8, 128), _array(8, 8192, 8, 128)),
+        *(_index(8), _index(8)),
     ),
     "decode": _unified(64, 64),
+    "decode-d64": _unified(64, 64, head_dim=64),
+    "decode-d256": _unified(64, 64, head_dim=256),
+    "decode-int8": _unified(64, 64, cache_dtype=jnp.int8, k_scale=0.1, v_scale=0.1),
     "decode-window-cap": _unified(64, 64, sliding_window=1024, logits_soft_cap=30.0),
     "drafts": _unified(256, 64),
     "mixed": _unified(2108, 64),
     "prompt": _unified(4096, 1),
+    "prompt-d64": _unified(4096, 1, head_dim=64),
+    "prompt-d256": _unified(4096, 1, head_dim=256),
     "prompt-window-cap": _unified(4096, 1, sliding_window=1024, logits_soft_cap=30.0),
-    "dense-causal": _traced(
-        dense_launch, jax_bridge.attention, *(_array(1, 4096, heads, 128) for heads in (32, 8, 8)), causal=True
+    "dense-causal": _dense(4096),
+    "dense-segments": _dense(4096, mask_info=_segments(4096)),
+    "write_kv_pages": _write(jnp.bfloat16),
+    "write_kv_pages-int8": _write(jnp.int8, k_scale=0.1, v_scale=0.1),
+    "merge_attention_states": _traced(
+        (states,),
+        jax_bridge.merge_attention_states,
+        *(_array(8192, 32, 128), _array(8192, 32, dtype=jnp.float32)) * 2,
     ),
 }
-"""By name: Llama 3 8B in bfloat16 over pages of 16 tokens, or dense."""
+"""By name: the heads of Llama 3 8B in bfloat16 over pages of 16 tokens, or dense; variants of dtype and width."""
 
 
 def figures(binary: Binary) -> Figures:
