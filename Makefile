@@ -13,6 +13,9 @@ SUITABLE := -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 12)
 CANDIDATES := $(or $(PYTHON),python3.12 python3.13 python3.14 python3 python \
 	$(wildcard $(HOME)/.pyenv/versions/3.1[2-9]*/bin/python3))
 
+# libtpu is there for its compiler alone; JAX would look for TPUs, and complain.
+export JAX_PLATFORMS ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda,cpu || echo cpu)
+
 .PHONY: demo test test-full lint bench bench-suite bench-cpu bench-gpu baseline set-up
 .DELETE_ON_ERROR:
 
