@@ -8,7 +8,6 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +19,7 @@ from bench.operations import DEFAULT_CONFIG, Operation, parse_configs, parse_swe
 from bench.peers import PEERS, PeerReport, run_peer
 from bench.results import CaseReport, Results, print_ranking, print_report, print_robust_configs, write_json
 from bench.runner import Bench, Outcome, Pool, Sampling
-from bench.timing import Timing, copy_bandwidth, describe_machine, matrix_rate
+from bench.timing import Timing, add_sampling_options, copy_bandwidth, describe_machine, matrix_rate, sampling_of
 from jax_bridge.layouts import LAYOUTS
 
 DEFAULT_SWEEP = "block_n=32,64,128;num_warps=2,4,8;num_stages=2,3,4,5"
@@ -62,12 +61,10 @@ def add_options(parser: argparse.ArgumentParser, layout: str) -> None:
     )
     parser.add_argument("--sweep", nargs="?", const=DEFAULT_SWEEP, help=f"grid; if bare {DEFAULT_SWEEP!r}")
     parser.add_argument("--check", action=argparse.BooleanOptionalAction, default=True, help="against the reference")
-    parser.add_argument("--json", type=Path, help="store all numbers here, after every case")
     parser.add_argument("--platform", default="triton", help="platform of the operation")
     parser.add_argument("--layout", choices=LAYOUTS, default=layout, help="kv_layout of our cache; peers use PTHD")
     parser.add_argument("--pool-gb", type=float, default=24.0, help="K and V cache together, in each process")
-    parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--sample-ms", type=float, default=30.0, help="length of a timed sample")
+    add_sampling_options(parser)
     parser.add_argument("--max-calls", type=int, default=64, help="calls in one program at most")
     parser.add_argument("--jobs", type=int, default=min(os.cpu_count() or 1, 16), help="threads that compile")
     parser.add_argument("--time-limit", type=float, default=math.inf, help="seconds after which nothing new starts")
@@ -96,7 +93,7 @@ def finish_options(options: argparse.Namespace, plan: Plan) -> None:
 def run_plan(plan: Plan, options: argparse.Namespace) -> Results:
     """Time the peers, then ours; print and store what came of it."""
     deadline = time.monotonic() + options.time_limit
-    sampling = Sampling(options.repeats, options.sample_ms / 1e3)
+    sampling = Sampling(**sampling_of(options))
     peers = _run_peers(plan, options, sampling)  # before JAX takes any memory of the device
     copy_bytes = min(1 << 30, int(options.pool_gb * 1e9 / 4))
     facts = {

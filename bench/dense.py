@@ -19,7 +19,6 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -30,7 +29,16 @@ from numpy.typing import NDArray
 import reference
 from bench.cases import visible_pairs
 from bench.check import ROW_TOLERANCE, row_error
-from bench.timing import Program, compile_program, describe_machine, matrix_rate, measure_program
+from bench.timing import (
+    Program,
+    add_sampling_options,
+    compile_program,
+    describe_machine,
+    matrix_rate,
+    measure_program,
+    print_machine,
+    sampling_of,
+)
 from jax_bridge import attention
 from tests.cases import MODELS, Model
 
@@ -134,9 +142,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--platforms", default="triton,cuda", help=f"by commas, of {', '.join(PLATFORMS)}")
     parser.add_argument("--model", choices=list(MODELS), default="llama3_8b", help="whose heads; see tests/cases.py")
     parser.add_argument("--rotation-mb", type=float, default=1000.0, help="of the arrays of a program's calls")
-    parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--sample-ms", type=float, default=30.0)
-    parser.add_argument("--json", type=Path, help="store all numbers here")
+    add_sampling_options(parser)
     options = parser.parse_args(arguments)
     try:
         cases = [parse_case(name, options.model) for name in options.cases.split(",")]
@@ -144,8 +150,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(str(error))
     facts = describe_machine()
     rate = matrix_rate(8192 if jax.default_backend() == "gpu" else 256, repeats=5)
-    for name, fact in facts.items():
-        print(f"{name}: {fact}")
+    print_machine(facts, {})
     print(f"matrix product: {rate / 1e12:.1f} TFLOP/s\n\n| case | platform | us | TFLOP/s | of matrix product |")
     print("|---|---|---|---|---|")
     rows = []
@@ -161,7 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if not row_error_found <= ROW_TOLERANCE:
                 words = f"row error {row_error_found:.2e}, allowed {ROW_TOLERANCE}"
                 raise ArithmeticError(f"{case.name} on {platform}: {words}")
-            timing = measure_program(program, repeats=options.repeats, sample_seconds=options.sample_ms / 1e3)
+            timing = measure_program(program, **sampling_of(options))
             achieved = case.flops / timing.median
             print(
                 f"| {case.name} | {platform} | {timing.median * 1e6:.1f} | {achieved / 1e12:.1f} "

@@ -14,7 +14,6 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -22,7 +21,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from bench.check import ROW_TOLERANCE, row_error
-from bench.timing import Program, Timing, compile_program, copy_bandwidth, describe_machine, measure, measure_program
+from bench.timing import (
+    Program,
+    Timing,
+    add_sampling_options,
+    compile_program,
+    copy_bandwidth,
+    describe_machine,
+    measure,
+    measure_program,
+    print_machine,
+    sampling_of,
+)
 from jax_bridge import merge_attention_states, write_kv_pages
 from jax_bridge.layouts import CacheSizes, cache_shape
 
@@ -140,16 +150,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, default=8192, help="of the large calls")
     parser.add_argument("--platform", default="triton")
     parser.add_argument("--rotation-mb", type=float, default=1000.0, help="that a program moves; many times the L2")
-    parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--sample-ms", type=float, default=30.0)
-    parser.add_argument("--json", type=Path, help="store all numbers here")
+    add_sampling_options(parser)
     options = parser.parse_args(arguments)
     facts = describe_machine()
     rates = copy_bandwidth(min(1 << 30, int(options.rotation_mb * 1e6)), repeats=options.repeats)
     copy = max(rates.values())
-    for name, fact in facts.items():
-        print(f"{name}: {fact}")
-    print("copy: " + ", ".join(f"{name} {rate / 1e12:.3f} TB/s" for name, rate in rates.items()) + "\n")
+    print_machine(facts, rates)
     print("| call | us | TB/s | of copy |")
     print("|---|---|---|---|")
     rows = []
@@ -166,7 +172,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         *(WriteCase(options.tokens // share) for share in (8, 32, 128)),
     ]
     rotation_bytes = options.rotation_mb * 1e6
-    sampling: dict[str, Any] = {"repeats": options.repeats, "sample_seconds": options.sample_ms / 1e3}
+    sampling = sampling_of(options)
     for case in cases:
         enqueue, calls = checked_writes(case, options.platform, rotation_bytes)
         report(case.name, measure(enqueue, calls=calls, **sampling), case.call_bytes)

@@ -20,7 +20,6 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -32,7 +31,16 @@ import reference
 from bench.cases import SEED
 from bench.check import ROW_TOLERANCE, row_error
 from bench.operations import parse_configs
-from bench.timing import Timing, compile_program, copy_bandwidth, describe_machine, measure_program
+from bench.timing import (
+    Timing,
+    add_sampling_options,
+    compile_program,
+    copy_bandwidth,
+    describe_machine,
+    measure_program,
+    print_machine,
+    sampling_of,
+)
 from jax_bridge import FwdParams, RaggedDecodeAttentionConfig, page_attention, ragged_decode_attention
 from tests.cases import MODELS
 
@@ -176,7 +184,7 @@ def time_case(
         program = compile_program(way, sets)
         if not (error := row_error(program.run(0)[0][rows], wanted)) <= ROW_TOLERANCE:
             raise ArithmeticError(f"{case.name}, {name}: row error {error:.2e}, allowed {ROW_TOLERANCE}")
-        timings[name] = measure_program(program, repeats=options.repeats, sample_seconds=options.sample_ms / 1e3)
+        timings[name] = measure_program(program, **sampling_of(options))
     return timings
 
 
@@ -188,9 +196,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--fields", default="", help="fields of FwdParams: a=1,b=2;a=3")
     parser.add_argument("--platform", default="triton")
     parser.add_argument("--rotation-mb", type=float, default=1500.0, help="that the calls of a program read")
-    parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--sample-ms", type=float, default=30.0)
-    parser.add_argument("--json", type=Path, help="store all numbers here")
+    add_sampling_options(parser)
     options = parser.parse_args(arguments)
     try:
         options.cases = [parse_case(name) for name in options.cases.split(",")]
@@ -206,9 +212,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     facts = describe_machine()
     rates = copy_bandwidth(min(1 << 30, int(options.rotation_mb * 1e6)), repeats=options.repeats)
     copy = max(rates.values())
-    for name, fact in facts.items():
-        print(f"{name}: {fact}")
-    print("copy: " + ", ".join(f"{name} {rate / 1e12:.3f} TB/s" for name, rate in rates.items()) + "\n")
+    print_machine(facts, rates)
     print("| rows | ragged us | TB/s | of copy | page_attention us | page / ragged |")
     print("|---|---|---|---|---|---|")
     rows = []

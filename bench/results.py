@@ -13,7 +13,7 @@ from typing import Any
 
 from bench.cases import AttentionCase
 from bench.peers import PeerReport
-from bench.timing import Timing
+from bench.timing import Timing, print_machine
 
 OURS = "ours"
 
@@ -96,9 +96,8 @@ def print_report(results: Results) -> None:
         for measurement in report.measurements
         if measurement.failure
     )
-    for key, value in [*results.facts.items(), *(item for peer in results.peers for item in peer.facts.items())]:
-        print(f"{key}: {value}")
-    print("copy: " + ", ".join(f"{name} {rate / 1e12:.3f} TB/s" for name, rate in results.copy_rates.items()))
+    facts = dict(results.facts) | {name: fact for peer in results.peers for name, fact in peer.facts.items()}
+    print_machine(facts, results.copy_rates)
     print(f"matrix product: {results.matrix_rate / 1e12:.1f} TFLOP/s")
     print("TB/s counts K and V once, FLOPs only what the masks leave; `*`: the host could not enqueue calls as fast as")
     print("the device ran them.")

@@ -17,7 +17,6 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -29,7 +28,7 @@ from numpy.typing import NDArray
 from bench.cases import ArgumentSet, AttentionCase, argument_sets, num_pool_pages, parse_case
 from bench.check import ROW_TOLERANCE, build_check
 from bench.runner import Pool
-from bench.timing import Timing, describe_machine, measure
+from bench.timing import Timing, add_sampling_options, describe_machine, measure, print_machine, sampling_of
 from jax_bridge import page_attention
 
 LAYOUT = "PTHD"
@@ -174,8 +173,7 @@ def time_way(way: Way | None, mesh: Mesh, pool: Pool, case: AttentionCase, optio
     return measure(
         lambda index: compiled(caches, groups[index % len(groups)]),
         calls=calls,
-        repeats=options.repeats,
-        sample_seconds=options.sample_ms / 1e3,
+        **sampling_of(options),
     )
 
 
@@ -187,10 +185,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--devices", type=int, default=2)
     parser.add_argument("--platform", default="triton")
     parser.add_argument("--pool-gb", type=float, default=8.0, help="K and V cache together")
-    parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--sample-ms", type=float, default=30.0)
     parser.add_argument("--max-calls", type=int, default=32, help="calls in one program at most")
-    parser.add_argument("--json", type=Path, help="store all numbers here")
+    add_sampling_options(parser)
     options = parser.parse_args(arguments)
     if len(jax.devices()) < options.devices:
         parser.error(f"--devices {options.devices}, but JAX has {len(jax.devices())}")
@@ -206,7 +202,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     pages = num_pool_pages([case], options.pool_gb * 1e9) // options.devices * options.devices
     pool = Pool.build(case.geometry, pages, LAYOUT)
     facts = describe_machine()
-    print(*(f"{name}: {fact}" for name, fact in facts.items()), sep="\n")
+    print_machine(facts, {})
     alone = time_way(None, mesh, pool, case, options)
     timings = {"one device": alone} | {
         name: time_way(way, mesh, pool, case, options) for name, way in ways(options.platform).items()

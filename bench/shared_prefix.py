@@ -13,7 +13,6 @@ import functools
 import json
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -22,7 +21,16 @@ import jax.numpy as jnp
 from bench.cases import ArgumentSet, AttentionCase, argument_sets, num_pool_pages, parse_case
 from bench.check import ROW_TOLERANCE, build_check
 from bench.runner import Pool
-from bench.timing import Timing, compile_program, copy_bandwidth, describe_machine, measure_program
+from bench.timing import (
+    Timing,
+    add_sampling_options,
+    compile_program,
+    copy_bandwidth,
+    describe_machine,
+    measure_program,
+    print_machine,
+    sampling_of,
+)
 from jax_bridge import merge_attention_states, unified_attention
 
 SHARED = (512, 1024, 2048, 4096, 8192, 16384, 32768)
@@ -120,7 +128,7 @@ def time_shared_length(shared: int, pool: Pool, case: AttentionCase, options: ar
         program = compile_program(way, arrays, shared=pool.caches, calls_per_program=calls)
         if not (error := check.error(program.run(0)[0])) <= ROW_TOLERANCE:
             raise ArithmeticError(f"{name} over {shared} shared tokens: row error {error:.2e}, allowed {ROW_TOLERANCE}")
-        timings[name] = measure_program(program, repeats=options.repeats, sample_seconds=options.sample_ms / 1e3)
+        timings[name] = measure_program(program, **sampling_of(options))
     return timings
 
 
@@ -133,10 +141,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--own", type=int, default=256, help="tokens of each sequence behind the prefix")
     parser.add_argument("--platform", default="triton")
     parser.add_argument("--pool-gb", type=float, default=24.0, help="K and V cache together")
-    parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--sample-ms", type=float, default=30.0)
     parser.add_argument("--max-calls", type=int, default=64, help="calls in one program at most")
-    parser.add_argument("--json", type=Path, help="store all numbers here")
+    add_sampling_options(parser)
     options = parser.parse_args(arguments)
     options.shared = [int(length) for length in options.shared.split(",")]
     return options
@@ -148,9 +154,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     pool = Pool.build(cases[0].geometry, num_pool_pages(cases, options.pool_gb * 1e9), LAYOUT)
     facts = describe_machine()
     rates = copy_bandwidth(min(1 << 30, int(options.pool_gb * 1e9 / 4)), repeats=options.repeats)
-    for name, fact in facts.items():
-        print(f"{name}: {fact}")
-    print("copy: " + ", ".join(f"{name} {rate / 1e12:.3f} TB/s" for name, rate in rates.items()))
+    print_machine(facts, rates)
     print(
         f"{options.sequences} sequences of {options.own} own tokens, bfloat16, 32 query and 8 KV heads of width 128\n"
     )

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +29,7 @@ __all__ = [
     "CompiledCalls",
     "Program",
     "Timing",
+    "add_sampling_options",
     "compile_calls",
     "compile_program",
     "copy_bandwidth",
@@ -33,6 +37,8 @@ __all__ = [
     "matrix_rate",
     "measure",
     "measure_program",
+    "print_machine",
+    "sampling_of",
 ]
 
 DISTRIBUTIONS = ("jax", "jaxlib", "jax-cuda13-plugin", "jax-triton", "triton", "numpy", "torch")
@@ -92,6 +98,27 @@ def describe_machine() -> dict[str, str]:
             continue
     facts["versions"] = ", ".join(versions)
     return facts
+
+
+def print_machine(facts: Mapping[str, str], rates: Mapping[str, float]) -> None:
+    """Print what `describe_machine` and `copy_bandwidth` answered, and an empty line."""
+    for name, fact in facts.items():
+        print(f"{name}: {fact}")
+    if rates:
+        print("copy: " + ", ".join(f"{name} {rate / 1e12:.3f} TB/s" for name, rate in rates.items()))
+    print()
+
+
+def add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    """Options for how often and how long to time, and where to store it."""
+    parser.add_argument("--repeats", type=int, default=20, help="timed samples")
+    parser.add_argument("--sample-ms", type=float, default=30.0, help="length of a timed sample")
+    parser.add_argument("--json", type=Path, help="store all numbers here")
+
+
+def sampling_of(options: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of `measure` that these options stand for."""
+    return {"repeats": options.repeats, "sample_seconds": options.sample_ms / 1e3}
 
 
 def _main_module() -> str:

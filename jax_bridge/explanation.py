@@ -9,7 +9,7 @@ from jax_bridge import tuned_configs
 from jax_bridge.configs import PLATFORMS, Config
 from jax_bridge.operation import BACKEND_OF_PLATFORM, Branch, Invocation, Operation, is_usable
 from jax_bridge.registry import find_operation
-from jax_bridge.sharding import invocation_of_a_shard, split_sharding
+from jax_bridge.sharding import invocation_of_a_call
 
 _PLATFORMS = tuple(platform for platform in PLATFORMS if platform != "auto")
 
@@ -52,11 +52,7 @@ def explain(op: Any, *args: Any, platform: str | None = None, cfg: Config | None
     """
     operation = find_operation(op)
     requested = operation.requested_platform(platform, cfg)
-    options, sharding = split_sharding(kwargs)
-    if sharding:
-        invocation = invocation_of_a_shard(operation, args, options, sharding)
-    else:
-        invocation = operation.invocation(*args, **options)
+    invocation = invocation_of_a_call(operation, args, kwargs)
     branches = operation.branches(invocation, requested, cfg, may_tune=False)
     backend = jax.default_backend() if cfg is None or cfg.backend == "any" else cfg.backend
     branch = _taken(branches, backend)

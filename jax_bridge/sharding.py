@@ -98,18 +98,18 @@ def shard_map_wrapper(
     return function, tuple(arrays.values())
 
 
-def split_sharding(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Keyword arguments of an operation: without those of sharding, and only those if any of them is given."""
+def invocation_of_a_call(operation: Operation, args: Sequence[Any], options: Mapping[str, Any]) -> Invocation:
+    """The checked call that these arguments are; with those of sharding, what one device of the mesh gets."""
     names = ("mesh", "in_specs", "out_specs")
     others = {name: value for name, value in options.items() if name not in names}
-    is_sharded = any(options.get(name) is not None for name in names)
-    return others, {name: options.get(name) for name in names} if is_sharded else {}
+    if all(options.get(name) is None for name in names):
+        return operation.invocation(*args, **others)
+    return _invocation_of_a_shard(operation, args, others, {name: options.get(name) for name in names})
 
 
-def invocation_of_a_shard(
+def _invocation_of_a_shard(
     operation: Operation, args: Sequence[Any], options: Mapping[str, Any], sharding: Mapping[str, Any]
 ) -> Invocation:
-    """What the operation gets on one device of a mesh."""
     if not hasattr(operation, "create_shard_map_wrapper"):
         given = ", ".join(name for name, value in sharding.items() if value is not None)
         raise TypeError(f"{operation.name}: {given} given, expected none: use it inside jax.shard_map")

@@ -22,7 +22,7 @@ from jax_bridge.configs import Config
 from jax_bridge.device import Device, current_device, is_at_hand
 from jax_bridge.operation import INDEX_ARGUMENTS, Branch, Implementation, Invocation, Operation
 from jax_bridge.registry import find_operation
-from jax_bridge.sharding import invocation_of_a_shard, split_sharding
+from jax_bridge.sharding import invocation_of_a_call
 from jax_bridge.tuned_configs import Choice
 
 WARM_UP, ITERATIONS = 5, 100
@@ -128,11 +128,7 @@ def tuned(op: Any, *args: Any, platform: str | None = None, **kwargs: Any) -> Tu
     if "cfg" in kwargs:
         raise TypeError(f"tune: {operation.name} got cfg, expected none: tune chooses it")
     requested = operation.requested_platform(platform, None)
-    options, sharding = split_sharding(kwargs)
-    if sharding:
-        invocation = invocation_of_a_shard(operation, args, options, sharding)
-    else:
-        invocation = operation.invocation(*args, **options)
+    invocation = invocation_of_a_call(operation, args, kwargs)
     row = _row_to_tune(operation, invocation, requested)
     device = current_device() if row.heuristic_cfg is not None else None
     if row.platform == "triton" and not launch.interpreting() and not is_at_hand(current_device()):
