@@ -92,7 +92,7 @@ def _pages(
             yield f"{where}, expected at most {capacity}: {sizes.table_width} pages of {sizes.page_size} tokens"
         if bound is not None and length > bound:
             yield f"{where}, expected at most max_context_len = {bound}"
-        if query_len < 1:
+        if query_len == 0:  # its keys are not read
             continue
         first_row = max(0, length - query_len)
         first_key = 0 if options.window is None else max(0, first_row - options.window[0])

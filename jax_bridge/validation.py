@@ -19,6 +19,9 @@ DEFAULT_MASK_VALUE = -2.381976426469702e38
 
 # Bounds beyond every length, small enough that positions plus or minus a bound stay inside int32.
 _LARGEST_WINDOW = 2**30
+
+# Beyond them a cap changes no float32 score, and leaves none; between them its quotients are normal numbers.
+_LARGEST_CAP, _SMALLEST_CAP = 1e30, 1e-30
 _INT32 = np.iinfo(np.int32)
 
 
@@ -195,7 +198,8 @@ class Arguments:
 
     def index(self, argument: str, value: Any, axes: Axes) -> Any:
         """Check an integer array; a numpy array of 64-bit integers is narrowed here, before JAX would wrap it round."""
-        return narrowed(self.array(argument, value, axes, INDEX))
+        checked = self.array(argument, value, axes, INDEX)
+        return narrowed(checked) if _listed.get() is None else checked  # what lists problems shows values as they came
 
     def optional(self, argument: str, value: Any, axes: Axes, rule: DtypeRule = ANY_FLOAT) -> Any:
         """As `array`, where None stands for absent."""
@@ -208,7 +212,8 @@ class Arguments:
     def length(self, argument: str, value: Any) -> Any:
         """Check one length: an integer, or an integer array `[]` or `[1]`."""
         if isinstance(value, int) and not isinstance(value, bool):
-            return np.asarray([min(max(value, _INT32.min), _INT32.max)], np.int32)
+            clipped = np.asarray([min(max(value, _INT32.min), _INT32.max)], np.int32)
+            return clipped if _listed.get() is None else np.asarray([value], object)
         shape = getattr(value, "shape", None)
         if shape is None:
             raise self.type_error(argument, f"is {describe(value)}", "an integer or an array: a scalar or [1]")
@@ -354,8 +359,11 @@ class Arguments:
         return self.sizes["D"] ** -0.5 if value is None else self.number(argument, value)
 
     def soft_cap(self, argument: str, value: Any) -> float | None:
-        """Check a soft cap; 0 is off, like None."""
-        return None if value is None else self.number(argument, value, minimum=0.0) or None
+        """Check a soft cap; 0 is off, like None, and so is one beyond what float32 scores could notice."""
+        cap = 0.0 if value is None else self.number(argument, value, minimum=0.0)
+        if cap == 0.0 or cap > _LARGEST_CAP:
+            return None
+        return max(cap, _SMALLEST_CAP)
 
     def window(self, argument: str, value: Any, *, from_width: str, right: int | None) -> Window | None:
         """Check a window and answer the bounds `(left, right)`: keys `i - left <= j <= i + right`.

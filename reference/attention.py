@@ -90,7 +90,7 @@ def attention(
             raise ValueError("attention: dropout needs a dropout_rng, got None")
         kept = jax.random.bernoulli(dropout_rng, 1.0 - dropout_prob, weights.shape)
         weights = jnp.where(kept, weights / (1.0 - dropout_prob), 0)
-    out = scores.weighted_values(weights, value, visible).astype(out_dtype)
+    out = scores.weighted_values(weights, value, scores.visible_beside_bias(visible, bias)).astype(out_dtype)
     return (out, weights.astype(out_dtype)) if return_weights else out
 
 

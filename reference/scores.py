@@ -95,9 +95,7 @@ def attention_weights(
     """Weights `[B, Hq, N, K]` in `softmax_dtype` and float32 LSE `[B, Hq, N]`; arguments as `attend` takes them."""
     batch, num_rows, num_q_heads, head_dim = queries.shape
     num_keys, num_kv_heads = keys.shape[1:3]
-    if bias is not None:
-        bias = bias.astype(jnp.float32)
-        visible = visible & (bias != -jnp.inf)
+    visible = visible_beside_bias(visible, bias)
     row_sees = jnp.any(visible, axis=(1, 3))
     queries = jnp.where(row_sees[:, :, None, None], queries.astype(jnp.float32), 0)
     keys = jnp.where(seen_keys(visible), keys.astype(jnp.float32), 0)
@@ -109,7 +107,7 @@ def attention_weights(
     scores = (scores * scale).reshape(batch, num_q_heads, num_rows, num_keys)
     scores = soft_capped(scores, soft_cap)
     if bias is not None:
-        scores = scores + bias
+        scores = scores + bias.astype(jnp.float32)
     return softmax(scores.astype(softmax_dtype), visible, sinks)
 
 
@@ -123,6 +121,11 @@ def weighted_values(weights: Array, values: Array, visible: Array, v_scale: Arra
     if v_scale is not None:
         out = out * per_kv_head(v_scale, num_kv_heads)[:, None, None]
     return out.reshape(batch, num_rows, num_q_heads, value_dim)
+
+
+def visible_beside_bias(visible: Array, bias: Array | None) -> Array:
+    """`visible` without the keys that a bias of -inf hides; `bias` may be broadcast."""
+    return visible if bias is None else visible & (bias.astype(jnp.float32) != -jnp.inf)
 
 
 def seen_keys(visible: Array) -> Array:
@@ -160,4 +163,5 @@ def attend(
     weights, lse = attention_weights(
         queries, keys, visible, sinks, softmax_scale=softmax_scale, soft_cap=soft_cap, bias=bias, k_scale=k_scale
     )
-    return Attended(weighted_values(weights, values, visible, v_scale), jnp.swapaxes(lse, 1, 2))
+    seen = visible_beside_bias(visible, bias)
+    return Attended(weighted_values(weights, values, seen, v_scale), jnp.swapaxes(lse, 1, 2))

@@ -277,6 +277,7 @@ EDGE_CASES: tuple[Case, ...] = (
     _page("alibi_lse", alibi=True, return_lse=True, sinks=1),
     # Logits at the ends of the range.
     _page("cap_huge_logits", soft_cap=5.0, query_gain=3000.0, return_lse=True),
+    _page("cap_beyond_logits", soft_cap=1e6, query_gain=4.0, return_lse=True),
     _page("far_below_zero", negative_logits=True, num_splits=4, return_lse=True, window=40),
     _page("peaked", query_gain=40.0, num_splits=2),
     # Shapes.
@@ -303,6 +304,7 @@ EDGE_CASES: tuple[Case, ...] = (
     _prefill("cap_alibi", soft_cap=2.0, alibi=True, query_gain=4.0),
     _prefill("window_tuple", window=(9, 0), page_size=5),
     _prefill("cap_huge_logits", soft_cap=5.0, query_gain=3000.0),
+    _prefill("cap_beyond_logits", soft_cap=2e3, query_gain=4.0),
     _prefill("far_below_zero", negative_logits=True, return_lse=True, window=10),
     _prefill("duplicate_pages", page_order="duplicate", kv_lens=(90,)),
     _prefill("head_dim_72", head_dim=72, num_q_heads=5, num_kv_heads=1),
@@ -316,6 +318,7 @@ EDGE_CASES: tuple[Case, ...] = (
     _unified("one_token_each", query_lens=(1, 1, 1), kv_lens=(33, 0, 50), sinks=1, return_lse=True),
     _unified("alibi_sinks", alibi=True, sinks=1, return_lse=True),
     _unified("cap_huge_logits", soft_cap=5.0, query_gain=3000.0),
+    _unified("cap_beyond_logits", soft_cap=1e8, query_gain=4.0),
     _unified("far_below_zero", negative_logits=True, return_lse=True, window=10),
     _unified("wide_values", head_dim=32, value_head_dim=48, return_lse=True),
     _unified("shared_pages", page_order="shared"),
@@ -329,6 +332,7 @@ EDGE_CASES: tuple[Case, ...] = (
     _ragged("window_right", window=(9, 5)),
     _ragged("shared_sinks", sinks=3, shared_sinks=True, return_lse=True),
     _ragged("cap_huge_logits", soft_cap=5.0, query_gain=3000.0),
+    _ragged("cap_beyond_logits", soft_cap=1e20, query_gain=4.0),
     _ragged("far_below_zero", negative_logits=True, return_lse=True),
     _ragged("head_dim_72", head_dim=72, num_q_heads=5, num_kv_heads=1),
     _dense("causal", causal=True, query_lens=(37,)),
@@ -348,6 +352,7 @@ EDGE_CASES: tuple[Case, ...] = (
     _dense("shared_sinks", sinks=3, shared_sinks=True),
     _dense("weights", return_weights=True, mask="shared", sinks=2),
     _dense("cap_huge_logits", soft_cap=5.0, query_gain=3000.0),
+    _dense("cap_beyond_logits", soft_cap=1e5, query_gain=4.0),
     _dense("wide_values", value_head_dim=48, mask="shared"),
 )  # fmt: skip
 

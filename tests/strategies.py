@@ -41,7 +41,7 @@ def cases(draw: st.DrawFn, operation: str) -> Case:
         table_slack=draw(st.integers(1, 3)),
         dtype=draw(st.sampled_from(FLOATS)),
         softmax_scale=draw(st.sampled_from((None, None, 0.11))),
-        soft_cap=draw(st.sampled_from((None, None, 2.5, 30.0))),
+        soft_cap=draw(st.sampled_from((None, None, 2.5, 30.0, 1e5))),
         query_gain=draw(st.sampled_from((1.0, 1.0, 5.0))),
     )
     if paged:

@@ -26,6 +26,13 @@ BAD_VALUES = [
     ("unified_attention", {"kv_lens": [-2, 40]}, ("kv_lens[0] is -2", "kv_lens[1] is 40")),
     ("ragged_decode_attention", {"sequence_end": [9, 5]}, ("sequence_end[0] is 9", "L = 8")),
     ("ragged_decode_attention", {"sequence_start": [-1, 0]}, ("sequence_start[0] is -1",)),
+    (  # pages of a sequence whose rows fall back, too
+        "unified_attention",
+        {"query_start_loc": [0, 3, 2], "block_tables": [[0, 1, 2], [9, 1, 0]]},
+        ("query_start_loc[2] is 2, expected at least 3", "block_tables[1, 0] is 9"),
+    ),
+    ("ragged_decode_attention", {"sequence_end": [2**40, 5]}, (f"sequence_end[0] is {2**40}",)),
+    ("prefill_page_attention", {"context_len": 2**70}, (f"context_len[0] is {2**70}",)),
     ("write_kv_pages", {"slot_mapping": [3, 3, -1, 24, 5]}, ("[1] is 3, the slot of token 0", "[3] is 24", "24 slots")),
     ("page_attention", {"k_scale": float("nan")}, ("k_scale holds [nan]", "finite")),
 ]

@@ -90,6 +90,20 @@ def test_attention(case: str) -> None:
     assert_close(got, expected_attention(inputs, DENSE_CASES[case], return_weights=True))
 
 
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+def test_what_a_bias_hides_from_every_row_never_matters(poison: float) -> None:
+    """A bias of -inf hides a key as a mask does; rows that it leaves none are zeros."""
+    query, key, value = dense()
+    bias = np.zeros((query.shape[0], 1, 1, key.shape[1]), np.float32)
+    bias[0] = bias[1:, ..., 3] = -np.inf
+    clean = attention((query, key, value), {"bias": bias}, dtype=None)
+    key, value = key.copy(), value.copy()
+    key[0] = value[0] = key[1:, 3] = value[1:, 3] = poison
+    got = attention((query, key, value), {"bias": bias}, dtype=None)
+    np.testing.assert_array_equal(got, clean)
+    assert not np.any(got[0])
+
+
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
 def test_attention_computes_and_answers_in_dtype(dtype: Any) -> None:
     inputs = dense()

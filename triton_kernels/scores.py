@@ -7,19 +7,35 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 
 
+LARGEST_FAST_CAP = tl.constexpr(1024.0)
+
+
+@triton.jit
+def tanh(x):
+    """float32 to a few units in the last place: near 0 by the polynomial of Cephes' `tanhf`, elsewhere by `exp2`."""
+    square = x * x
+    polynomial = square * -5.70498872745e-3 + 2.06390887954e-2
+    polynomial = polynomial * square - 5.37397155531e-2
+    polynomial = polynomial * square + 1.33314422036e-1
+    polynomial = polynomial * square - 3.33332819422e-1
+    magnitude = tl.abs(x)
+    far = 1.0 - 2.0 / (tl.exp2(magnitude * (2.0 * LOG2_E)) + 1.0)
+    return tl.where(magnitude < 0.625, x + x * (square * polynomial), tl.where(x < 0.0, -far, far))
+
+
 @triton.jit
 def soft_cap(products, scale, CAP: tl.constexpr, IS_EXACT: tl.constexpr):
-    """`CAP * tanh(products * scale / CAP)` in base 2, tanh as `1 - 2 / (exp(2 x) + 1)`: right for an infinite `exp`.
+    """`CAP * tanh(products * scale / CAP)` in base 2, finite for every finite product.
 
-    Unless it must be exact, the reciprocal is one of approximate roots: half the instructions of a division, and 22
-    bits of `CAP`.
+    Unless it must be exact, as `1 - 2 / (exp(2 x) + 1)`, which is right for an infinite `exp` and off by 2^-22 of
+    `CAP`, the reciprocal being one of approximate roots: half the instructions of a division. With a large cap that
+    would be too much for any dtype.
     """
     limit: tl.constexpr = CAP * LOG2_E
-    denominator = tl.exp2(products * (scale * (2.0 * LOG2_E / CAP))) + 1.0
-    if IS_EXACT:
-        result = limit - (2.0 * limit) / denominator
+    if IS_EXACT or CAP > LARGEST_FAST_CAP:
+        result = limit * tanh(products * (scale / CAP))
     else:
-        root = tl.rsqrt(denominator)
+        root = tl.rsqrt(tl.exp2(products * (scale * (2.0 * LOG2_E / CAP))) + 1.0)
         result = limit - (2.0 * limit) * (root * root)
     return result
 
