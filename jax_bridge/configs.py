@@ -20,7 +20,7 @@ def _power_of_two(value: int) -> bool:
 _RULES: dict[str, tuple[Callable[[int], bool], str]] = {
     "num_warps": (lambda value: _power_of_two(value) and value <= 32, "a power of two from 1 to 32"),
     "num_stages": (lambda value: value >= 1, "an integer >= 1"),
-    "num_splits": (lambda value: value >= 1, "an integer >= 1"),
+    "num_splits": (lambda value: value >= 0, "an integer >= 0"),
     "num_key_splits": (lambda value: value >= 1, "an integer >= 1"),
     "num_par_softmax_segments": (lambda value: value >= 1, "an integer >= 1"),
     "seq_threshold_3d": (lambda value: value >= 0, "an integer >= 0"),
@@ -61,7 +61,9 @@ class Config:
                 if value is not None and not isinstance(value, FwdParams):
                     raise TypeError(f"{type(self).__name__}: fwd_params is {value!r}, expected FwdParams or None")
             elif value is not None:
-                object.__setattr__(self, field.name, self._checked(field.name, value))
+                checked = self._checked(field.name, value)
+                is_open = field.name == "num_splits" and checked == 0  # as in the call
+                object.__setattr__(self, field.name, None if is_open else checked)
 
     @property
     def is_open(self) -> bool:
@@ -100,7 +102,7 @@ class PageAttentionConfig(Config):
     """How `page_attention` runs.
 
     Attributes:
-        num_splits: pieces that each sequence's keys are divided into; 1 writes the output directly.
+        num_splits: pieces that each sequence's keys are divided into; 1 writes the output directly, 0 is None.
         num_warps: warps a program.
         num_stages: depth of the software pipeline.
         platform: see `Config`.

@@ -54,11 +54,12 @@ def _xla(invocation: Invocation, cfg: CacheConfig, device: Device | None) -> Out
 
 def _triton(invocation: Invocation, cfg: CacheConfig, device: Device) -> Outputs:
     del cfg
-    if invocation.sizes.num_tokens == 0:
+    sizes, kv_layout = invocation.sizes, invocation.options.kv_layout
+    if sizes.num_tokens == 0:
         return invocation.arrays["key_cache"], invocation.arrays["value_cache"]
 
     def write(arrays: Arrays) -> tuple[jax.Array, jax.Array]:
-        return _launch(arrays, invocation.sizes, invocation.options.kv_layout, device)
+        return _launch(arrays, sizes, kv_layout, device)
 
     written: tuple[jax.Array, jax.Array] = kernel_operation("write_kv_pages[triton]", write)(dict(invocation.arrays))
     return written

@@ -181,7 +181,7 @@ def kernel_operation(name: str, function: Callable[..., Any]) -> Callable[..., A
 
     Args:
         name: How errors name the operation, as in `"page_attention[triton]"`.
-        function: Takes arrays or None, returns a pytree of arrays.
+        function: Takes arrays or None, returns a pytree of arrays. It outlives the trace, so it must hold none of them.
     """
     batched = jax.custom_batching.custom_vmap(function)
 
@@ -240,8 +240,8 @@ def _refuse_platform(platform: str, context: Any, *operands: Any, name: str, **p
         # In a branch of "auto" that this platform never takes: JAX lowers each for all, and `operation` refuses others.
         return [mlir.ir_constant(np.broadcast_to(np.zeros((), a.dtype), a.shape)) for a in context.avals_out]
     raise NotImplementedError(
-        f"{name}[triton] does not support {platform.upper()} devices; set TRITON_INTERPRET=1 before "
-        'the first import to run the kernel in the interpreter of Triton, or use platform="xla"'
+        f'{name}[triton] does not support {platform.upper()} devices; use platform="xla", or set TRITON_INTERPRET=1 '
+        "before the first import to run the kernel in the interpreter of Triton"
     )
 
 

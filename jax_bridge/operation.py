@@ -4,7 +4,7 @@ import abc
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -133,13 +133,25 @@ class Operation(abc.ABC):
     def invocation(self, *args: Any, **kwargs: Any) -> Invocation:
         """Check the arguments of a call; raises `ValueError` or `TypeError` naming what is wrong."""
 
-    def run(self, *args: Any, platform: str | None = None, cfg: Config | None = None, **kwargs: Any) -> Any:
+    def run(
+        self,
+        *args: Any,
+        platform: str | None = None,
+        cfg: Config | None = None,
+        mesh: Any = None,
+        in_specs: Any = None,
+        out_specs: Any = None,
+        **kwargs: Any,
+    ) -> Any:
         """Run the operation on the arguments of its public function.
 
         Args:
             *args: positional arguments of the public function.
             platform: the platform, None or `"auto"` to choose.
             cfg: the configuration, None to choose.
+            mesh: as in the operations that take one: run under `jax.shard_map`.
+            in_specs: likewise.
+            out_specs: likewise.
             **kwargs: keyword arguments of the public function.
 
         Returns:
@@ -150,8 +162,24 @@ class Operation(abc.ABC):
             ValueError: an argument of the wrong shape or value, or an unknown platform.
             NotImplementedError: the platform does not support what is asked for.
         """
+        sharding = {"mesh": mesh, "in_specs": in_specs, "out_specs": out_specs}
+        if given := [name for name, value in sharding.items() if value is not None]:
+            wrap = self.sharding_wrapper(given)
+            function, arrays = wrap(*args, platform=platform, cfg=cfg, **sharding, **kwargs)
+            return function(*arrays)
         requested = self.requested_platform(platform, cfg)
         return self.execute(self.invocation(*args, **kwargs), requested, cfg)
+
+    def sharding_wrapper(self, given: Sequence[str]) -> Callable[..., tuple[Callable[..., Any], tuple[Any, ...]]]:
+        """`create_shard_map_wrapper`, for a call that has the arguments `given` of sharding.
+
+        Raises:
+            TypeError: the operation takes none.
+        """
+        wrapper: Any = getattr(self, "create_shard_map_wrapper", None)
+        if wrapper is None:
+            raise TypeError(f"{self.name}: {', '.join(given)} given, expected none: use it inside jax.shard_map")
+        return wrapper
 
     def execute(self, invocation: Invocation, requested: str, cfg: Config | None) -> Any:
         """Run a checked call on the platform `requested`."""

@@ -58,7 +58,7 @@ def _xla(invocation: Invocation, cfg: PageAttentionConfig, device: Device | None
 
 
 def _triton(invocation: Invocation, cfg: PageAttentionConfig, device: Device) -> Outputs:
-    options = invocation.options
+    sizes, options = invocation.sizes, invocation.options
     if options.num_splits:
         cfg = dataclasses.replace(cfg, num_splits=options.num_splits)
 
@@ -67,7 +67,7 @@ def _triton(invocation: Invocation, cfg: PageAttentionConfig, device: Device) ->
             arrays, query="query", lengths="context_lens", table="block_tables", starts=None
         )
         call = paged_launch.PagedCall(
-            "page_attention", operands, invocation.sizes, options, device, max_keys=options.max_context_len
+            "page_attention", operands, sizes, options, device, max_keys=options.max_context_len
         )
         return call.attend(paged_heuristics.page_attention_launches(cfg))
 

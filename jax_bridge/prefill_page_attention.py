@@ -284,24 +284,25 @@ def prefill_page_attention(
         ValueError: shapes or values that do not fit.
         NotImplementedError: the platform does not support what is asked for.
     """
-    options: dict[str, Any] = {
-        "softmax_scale": softmax_scale,
-        "mask_value": mask_value,
-        "attn_logits_soft_cap": attn_logits_soft_cap,
-        "sliding_window": sliding_window,
-        "platform": platform,
-        "cfg": cfg,
-        "attention_sink": attention_sink,
-        "alibi_slopes": alibi_slopes,
-        "k_scale": k_scale,
-        "v_scale": v_scale,
-        "kv_layout": kv_layout,
-        "return_lse": return_lse,
-    }
-    arrays = (query, key_cache, value_cache, context_len, page_indices)
-    if mesh is None and in_specs is None and out_specs is None:
-        return _OPERATION.run(*arrays, **options)
-    sharded, sharded_arrays = _OPERATION.create_shard_map_wrapper(
-        *arrays, mesh=mesh, in_specs=in_specs, out_specs=out_specs, **options
+    return _OPERATION.run(
+        query,
+        key_cache,
+        value_cache,
+        context_len,
+        page_indices,
+        softmax_scale=softmax_scale,
+        mask_value=mask_value,
+        attn_logits_soft_cap=attn_logits_soft_cap,
+        sliding_window=sliding_window,
+        platform=platform,
+        cfg=cfg,
+        attention_sink=attention_sink,
+        alibi_slopes=alibi_slopes,
+        k_scale=k_scale,
+        v_scale=v_scale,
+        kv_layout=kv_layout,
+        return_lse=return_lse,
+        mesh=mesh,
+        in_specs=in_specs,
+        out_specs=out_specs,
     )
-    return sharded(*sharded_arrays)

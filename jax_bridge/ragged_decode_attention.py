@@ -283,18 +283,20 @@ def ragged_decode_attention(
         ValueError: shapes or values that do not fit.
         NotImplementedError: the platform does not support what is asked for.
     """
-    options: dict[str, Any] = {
-        "softmax_scale": softmax_scale,
-        "sliding_window": sliding_window,
-        "logits_soft_cap": logits_soft_cap,
-        "platform": platform,
-        "cfg": cfg,
-        "return_lse": return_lse,
-    }
-    arrays = (query, key, value, sequence_start, sequence_end, softmax_aux)
-    if mesh is None and in_specs is None and out_specs is None:
-        return _OPERATION.run(*arrays, **options)
-    sharded, sharded_arrays = _OPERATION.create_shard_map_wrapper(
-        *arrays, mesh=mesh, in_specs=in_specs, out_specs=out_specs, **options
+    return _OPERATION.run(
+        query,
+        key,
+        value,
+        sequence_start,
+        sequence_end,
+        softmax_aux,
+        softmax_scale=softmax_scale,
+        sliding_window=sliding_window,
+        logits_soft_cap=logits_soft_cap,
+        platform=platform,
+        cfg=cfg,
+        return_lse=return_lse,
+        mesh=mesh,
+        in_specs=in_specs,
+        out_specs=out_specs,
     )
-    return sharded(*sharded_arrays)

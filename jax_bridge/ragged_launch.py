@@ -59,7 +59,7 @@ def candidate_cfgs(invocation: Invocation, device: Device) -> tuple[RaggedDecode
 
 def attend_rows(invocation: Invocation, cfg: RaggedDecodeAttentionConfig, device: Device) -> Outputs:
     """The answers of ragged decode, whose queries have three axes, for a complete configuration."""
-    options, kv_len = invocation.options, invocation.sizes.kv_len
+    operation, options, kv_len = invocation.operation, invocation.options, invocation.sizes.kv_len
     ((rows,),) = paged_heuristics.ragged_decode_attention_launches(cfg)
     sizes = paged_sizes(invocation)
     sizes = dataclasses.replace(sizes, page_size=max(sizes.page_size, rows.block_n))
@@ -86,7 +86,7 @@ def attend_rows(invocation: Invocation, cfg: RaggedDecodeAttentionConfig, device
             "v_scale_ptr": None,
         }
         call = PagedCall(
-            invocation.operation,
+            operation,
             operands,
             sizes,
             scoring,
@@ -96,5 +96,5 @@ def attend_rows(invocation: Invocation, cfg: RaggedDecodeAttentionConfig, device
         )
         return call.attend([[rows]])
 
-    out, lse = kernel_operation(f"{invocation.operation}[triton]", attend)(dict(invocation.arrays))
+    out, lse = kernel_operation(f"{operation}[triton]", attend)(dict(invocation.arrays))
     return (out, lse) if lse is not None else out

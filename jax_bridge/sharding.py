@@ -1,12 +1,13 @@
 """Operations under `jax.shard_map`: sharded over axes whose parts need nothing of one another."""
 
 import copy
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jax_bridge.operation import Invocation, Operation
 
@@ -79,6 +80,7 @@ def shard_map_wrapper(
         mesh,
         [(f"in_specs of {name}", spec, axes[name]) for name, spec in specs.items()] + checked_outputs,
     )
+    _check_shares(operation.name, mesh, {name: (spec, arrays[name].shape) for name, spec in specs.items()})
     names = tuple(invocation.arrays)
     static = {name: value for name, value in options.items() if name not in arrays}
 
@@ -95,7 +97,32 @@ def shard_map_wrapper(
         out_specs=answers if is_pair else answers[0],
         check_vma=False,
     )
-    return function, tuple(arrays.values())
+    return _taking_any_sharding(function, mesh, tuple(specs.values())), tuple(arrays.values())
+
+
+def _taking_any_sharding(function: Callable[..., Any], mesh: Any, specs: Sequence[PartitionSpec]) -> Callable[..., Any]:
+    """`function` of arrays that lie anywhere: over explicit axes of a mesh, JAX wants them to lie as the specs say."""
+    explicit = {name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Explicit}
+    if not explicit:
+        return function
+
+    def placed(*arrays: Any) -> Any:
+        places = (PartitionSpec(*(_those_of(explicit, entry) for entry in spec)) for spec in specs)
+        moved = [
+            jax.sharding.reshard(array, NamedSharding(mesh, place)) for array, place in zip(arrays, places, strict=True)
+        ]
+        return function(*moved)
+
+    return placed
+
+
+def _those_of(names: set[str], entry: Any) -> Any:
+    """The mesh axes of an entry of a spec that are among `names`."""
+    return tuple(name for name in _mesh_axes(entry) if name in names) or None
+
+
+def _mesh_axes(entry: Any) -> tuple[str, ...]:
+    return () if entry is None else entry if isinstance(entry, tuple) else (entry,)
 
 
 def invocation_of_a_call(operation: Operation, args: Sequence[Any], options: Mapping[str, Any]) -> Invocation:
@@ -110,9 +137,7 @@ def invocation_of_a_call(operation: Operation, args: Sequence[Any], options: Map
 def _invocation_of_a_shard(
     operation: Operation, args: Sequence[Any], options: Mapping[str, Any], sharding: Mapping[str, Any]
 ) -> Invocation:
-    if not hasattr(operation, "create_shard_map_wrapper"):
-        given = ", ".join(name for name, value in sharding.items() if value is not None)
-        raise TypeError(f"{operation.name}: {given} given, expected none: use it inside jax.shard_map")
+    operation.sharding_wrapper([name for name, value in sharding.items() if value is not None])
     invocations: list[Invocation] = []
 
     def run(*shards: Any, platform: Any, cfg: Any, **options: Any) -> Any:
@@ -153,7 +178,7 @@ def _check_agreement(operation: str, mesh: Any, entries: Sequence[tuple[str, Par
         if len(spec) > len(axes):
             raise ValueError(f"{operation}: {argument} is {spec}, expected at most {len(axes)} entries")
         for axis, entry in zip(axes, (*spec, *[None] * (len(axes) - len(spec))), strict=True):
-            mesh_axes = () if entry is None else entry if isinstance(entry, tuple) else (entry,)
+            mesh_axes = _mesh_axes(entry)
             if unknown := [name for name in mesh_axes if name not in mesh.axis_names]:
                 raise ValueError(
                     f"{operation}: {argument} names {unknown}, expected axes of the mesh {mesh.axis_names}"
@@ -168,3 +193,15 @@ def _check_agreement(operation: str, mesh: Any, entries: Sequence[tuple[str, Par
             if known != mesh_axes:
                 got = f"{argument} shards the {axis} over {mesh_axes}"
                 raise ValueError(f"{operation}: {got}, expected {known} as in {source}")
+
+
+def _check_shares(operation: str, mesh: Any, entries: Mapping[str, tuple[PartitionSpec, tuple[int, ...]]]) -> None:
+    """Check that every sharded axis can be cut into as many equal parts as there are devices along it."""
+    for argument, (spec, shape) in entries.items():
+        for place, entry in enumerate(spec):
+            parts = math.prod(mesh.shape[name] for name in _mesh_axes(entry))
+            if shape[place] % parts:
+                got = f"{argument} has shape {tuple(shape)}"
+                raise ValueError(
+                    f"{operation}: {got}, expected a multiple of {parts} along axis {place}, which {entry!r} shards"
+                )

@@ -39,9 +39,10 @@ def _xla(invocation: Invocation, cfg: CacheConfig, device: Device | None) -> Out
 
 def _triton(invocation: Invocation, cfg: CacheConfig, device: Device) -> Outputs:
     del cfg
+    sizes = invocation.sizes
 
     def merge(arrays: Arrays) -> tuple[jax.Array, jax.Array]:
-        return _launch(arrays, invocation.sizes, device)
+        return _launch(arrays, sizes, device)
 
     merged: tuple[jax.Array, jax.Array] = kernel_operation("merge_attention_states[triton]", merge)(
         dict(invocation.arrays)

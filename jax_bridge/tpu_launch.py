@@ -177,7 +177,7 @@ def attend_pages(
 ) -> Outputs:
     """The answers of an operation over pages."""
     spec = paged_specialization(invocation, names, sizes_asked, is_causal=is_causal)
-    longest, sizes = _longest(invocation), invocation.sizes
+    operation, longest, sizes = invocation.operation, _longest(invocation), invocation.sizes
 
     def attend(arrays: Arrays) -> tuple[jax.Array, jax.Array | None]:
         lens, table = arrays[names.lengths], arrays[names.table]
@@ -200,9 +200,9 @@ def attend_pages(
             operands["row_starts"] = _segment_starts(starts, sizes.num_tokens)
         if spec.scoring.qq_size is not None:
             operands["qq_bias"] = _finite_bias(arrays["qq_bias"])
-        return _run(invocation.operation, spec, operands)
+        return _run(operation, spec, operands)
 
-    out, lse = kernel_operation(f"{invocation.operation}[pallas]", attend)(dict(invocation.arrays))
+    out, lse = kernel_operation(f"{operation}[pallas]", attend)(dict(invocation.arrays))
     return (out, lse) if spec.return_lse else out
 
 
@@ -253,7 +253,8 @@ def ragged_specialization(invocation: Invocation, sizes_asked: BlockSizes) -> An
 
 def attend_rows(invocation: Invocation, sizes_asked: BlockSizes) -> Outputs:
     """The answers of ragged decode, whose queries have three axes."""
-    spec, kv_len = ragged_specialization(invocation, sizes_asked), invocation.sizes.kv_len
+    spec = ragged_specialization(invocation, sizes_asked)
+    operation, kv_len, num_q_heads = invocation.operation, invocation.sizes.kv_len, invocation.sizes.num_q_heads
 
     def attend(arrays: Arrays) -> tuple[jax.Array, jax.Array | None]:
         keys, values = (_not_empty(arrays[name], kv_len) for name in ("key", "value"))
@@ -263,11 +264,11 @@ def attend_rows(invocation: Invocation, sizes_asked: BlockSizes) -> Outputs:
             "queries": arrays["query"],
             "keys": keys,
             "values": values,
-            "sinks": _one_sink_a_head(arrays["softmax_aux"], invocation.sizes.num_q_heads),
+            "sinks": _one_sink_a_head(arrays["softmax_aux"], num_q_heads),
         }
-        return _run(invocation.operation, spec, operands)
+        return _run(operation, spec, operands)
 
-    out, lse = kernel_operation(f"{invocation.operation}[pallas]", attend)(dict(invocation.arrays))
+    out, lse = kernel_operation(f"{operation}[pallas]", attend)(dict(invocation.arrays))
     return (out, lse) if spec.return_lse else out
 
 

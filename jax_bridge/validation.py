@@ -273,15 +273,15 @@ class Arguments:
         """Check a cache's scale: None, a number, an array of one element, or one element a KV head."""
         if value is None:
             return None
-        if type(value) in (int, float):
+        if _is_number(value):
             return np.asarray([value], np.float32)
         shape = tuple(getattr(value, "shape", (-1,)))
         num_kv_heads = self.sizes["Hkv"]
         expected = f"a number or an array [1] or [Hkv] with Hkv = {num_kv_heads}"
         if not hasattr(value, "dtype") or not hasattr(value, "shape"):
             raise self.type_error(argument, f"is {describe(value)}", expected)
-        if not ANY_FLOAT.accepts(value.dtype):
-            raise self.type_error(argument, f"has dtype {value.dtype}", ANY_FLOAT.expected)
+        if not ANY_FLOAT.accepts(value.dtype) and not INDEX.accepts(value.dtype):
+            raise self.type_error(argument, f"has dtype {value.dtype}", "a floating or integer dtype")
         if shape not in ((), (1,), (num_kv_heads,)):
             raise self.value_error(argument, f"has shape {shape}", expected)
         return value

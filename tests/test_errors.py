@@ -80,7 +80,7 @@ OPTIONAL_ARRAYS = [
     for operation in OPERATIONS
     for name, array in optional_arrays(operation).items()
     for param in (
-        wrong(operation, name, array.astype(np.int32), TypeError, "dtype int32", "floating"),
+        wrong(operation, name, array.astype(bool), TypeError, "dtype bool", "floating"),
         wrong(operation, name, np.concatenate([array, array[:1]]), ValueError, "has shape", "expected"),
         wrong(operation, name, "on", TypeError, "'on'", "expected"),
     )
@@ -367,7 +367,7 @@ def test_configurations_check_their_fields(config_type: Any) -> None:
     bad = {
         "num_warps": (3, 64, 0),
         "num_stages": (0,),
-        "num_splits": (0,),
+        "num_splits": (-1,),
         "block_m": (48,),
         "block_q": (0,),
         "platform": ("rocm",),

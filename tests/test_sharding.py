@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jax_bridge.registry import OPERATIONS as OBJECTS
 from tests.small_calls import PAGED, arguments, assert_close, optional_arrays, run
@@ -16,6 +16,23 @@ QUANTISED = {"k_scale", "v_scale"}
 def mesh(*shape: int) -> Mesh:
     axes = ("batch", "heads")[-len(shape) :]
     return Mesh(np.asarray(jax.devices()[: int(np.prod(shape))]).reshape(shape), axes)
+
+
+def two_devices() -> Mesh:
+    return Mesh(np.asarray(jax.devices()[:2]), ("x",))
+
+
+SHARDED = {
+    "prefill_page_attention": (
+        PartitionSpec(None, "x"),
+        PartitionSpec("x"),
+        PartitionSpec("x"),
+        PartitionSpec(),
+        PartitionSpec(),
+    ),
+    "ragged_decode_attention": (PartitionSpec("x"),) * 5,
+}
+OUT = {"prefill_page_attention": PartitionSpec(None, "x"), "ragged_decode_attention": PartitionSpec("x")}
 
 
 needs_devices = pytest.mark.skipif(
@@ -82,6 +99,46 @@ def test_shard_map_wrapper_under_jit() -> None:
 
 
 @needs_devices
+@pytest.mark.parametrize("operation", SHARDED)
+@pytest.mark.parametrize("is_jitted", [False, True])
+def test_meshes_of_explicit_axes(operation: str, is_jitted: bool) -> None:
+    """As `jax.make_mesh` makes them; arrays may lie as the specs say, or anywhere."""
+    explicit = jax.make_mesh((2,), ("x",))
+    sharding = {"mesh": explicit, "in_specs": SHARDED[operation], "out_specs": OUT[operation]}
+    named = arguments(operation)
+    placed = {
+        name: jax.device_put(array, NamedSharding(explicit, spec))
+        for (name, array), spec in zip(named.items(), SHARDED[operation], strict=True)
+    }
+    expected = run(operation, named)
+    for given in (named, jax.device_put(named), placed):
+        call = jax.jit(lambda named: run(operation, named, **sharding)) if is_jitted else None
+        assert_close(call(given) if call else run(operation, given, **sharding), expected)
+
+
+@needs_devices
+@pytest.mark.parametrize("operation", SHARDED)
+def test_operation_objects_shard(operation: str) -> None:
+    """`run` and `get_impl` take what the function takes."""
+    named = arguments(operation)
+    sharding = {"mesh": two_devices(), "in_specs": SHARDED[operation], "out_specs": OUT[operation]}
+    target = OBJECTS[operation]
+    for call in (target.run, target.get_impl()):
+        assert_close(call(*named.values(), **sharding), run(operation, named))
+    with pytest.raises(TypeError, match=r"page_attention: mesh given, expected none: use it inside jax\.shard_map"):
+        OBJECTS["page_attention"].run(*arguments("page_attention").values(), mesh=two_devices())
+
+
+@needs_devices
+def test_axes_that_cannot_be_shared_out_are_refused() -> None:
+    named = arguments("ragged_decode_attention")
+    four, rows = Mesh(np.asarray(jax.devices()[:4]), ("x",)), PartitionSpec("x")
+    expected = r"query has shape \(2, 4, 16\), expected a multiple of 4 along axis 0, which 'x' shards"
+    with pytest.raises(ValueError, match=expected):
+        run("ragged_decode_attention", named, mesh=four, in_specs=(rows,) * 5, out_specs=rows)
+
+
+@needs_devices
 @pytest.mark.parametrize("operation", PAGED)
 def test_users_shard_map(operation: str) -> None:
     """Inside a caller's own `shard_map` over KV heads, with its checks of varying axes."""
@@ -96,23 +153,6 @@ def test_users_shard_map(operation: str) -> None:
     }
     sharded = jax.shard_map(lambda named: run(operation, named), mesh=mesh(2), in_specs=(specs,), out_specs=rows)
     assert_close(sharded(named), run(operation, named))
-
-
-def two_devices() -> Mesh:
-    return Mesh(np.asarray(jax.devices()[:2]), ("x",))
-
-
-SHARDED = {
-    "prefill_page_attention": (
-        PartitionSpec(None, "x"),
-        PartitionSpec("x"),
-        PartitionSpec("x"),
-        PartitionSpec(),
-        PartitionSpec(),
-    ),
-    "ragged_decode_attention": (PartitionSpec("x"),) * 5,
-}
-OUT = {"prefill_page_attention": PartitionSpec(None, "x"), "ragged_decode_attention": PartitionSpec("x")}
 
 
 @pytest.mark.parametrize("operation", SHARDED)

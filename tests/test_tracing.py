@@ -92,6 +92,13 @@ def test_one_program_serves_every_value(operation: str, platform: str) -> None:
         assert_close(inside, outside)
 
 
+@pytest.mark.parametrize(("operation", "platform"), [*CALLS, *((name, None) for name in OPERATIONS)])
+def test_nothing_traced_outlives_its_trace(operation: str, platform: str | None) -> None:
+    named = jax.device_put(arguments(operation))
+    with jax.checking_leaks(), target_device(SMALL_DEVICE):
+        jax.block_until_ready(jax.jit(lambda named: run(operation, named, platform=platform))(named))
+
+
 @pytest.mark.parametrize("operation", ["attention", "unified_attention"])
 def test_the_first_program_of_a_process_is_traced_once(operation: str) -> None:
     """What the first trace imports changes nothing by which JAX keeps programs."""
@@ -142,6 +149,13 @@ def test_fifty_vectors_of_lengths_share_a_program(
                 jax.block_until_ready(run(operation, named | changed, platform=platform))
     assert not compiled
     assert len(traces) == 1
+
+
+@pytest.mark.parametrize("scale", [np.int32(2), np.float32(2), np.asarray(2), jnp.asarray([2, 2]), jnp.asarray([2.0])])
+def test_scales_of_any_real_type(scale: Any) -> None:
+    named = arguments("page_attention")
+    expected = run("page_attention", named, k_scale=2.0, v_scale=2.0)
+    assert_close(run("page_attention", named, k_scale=scale, v_scale=scale), expected)
 
 
 @pytest.mark.parametrize(
