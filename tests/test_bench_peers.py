@@ -168,6 +168,9 @@ def serve_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(subprocess, "run", run)
 
 
+SHORT = ("--repeats=2", "--sample-ms=1")
+
+
 def named(schema: list[str], arguments: tuple[Any, ...]) -> dict[str, Any]:
     return {name: value for name, value in zip(schema, arguments, strict=True) if value is not None}
 
@@ -302,7 +305,7 @@ def test_jax_peers_compute_the_same(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     serve_in_this_process(monkeypatch)
     cases = "2x64,2x33,1x40of40,2x8of24,2x9-window4,1x12-sinks"
     sizes = ("--num-q-heads=4", "--num-kv-heads=2", "--head-dim=32", "--page-size=16", "--platform=xla")
-    assert main(["--cases", cases, "--peers=pallas,cudnn,xla", *sizes, "--pool-gb=2e-3", *QUICK]) == 0
+    assert main(["--cases", cases, "--peers=pallas,cudnn,xla", *sizes, "--pool-gb=2e-3", *QUICK, *SHORT]) == 0
     printed = capsys.readouterr().out
     assert re.search(r"pallas / ours: .* over 2 cases", printed)
     assert re.search(r"cudnn / ours: .* over 3 cases", printed)

@@ -2,6 +2,7 @@
 
 import doctest
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -77,7 +78,7 @@ def test_constraints_pin_every_requirement() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     wanted = [*project["dependencies"], *extras["test"], *extras["bench"], *extras["dev"]]
-    names = {requirement.split(";")[0].partition("[")[0].rstrip("<>=.,0123456789 ") for requirement in wanted}
+    names = {re.split(r"[\[;<>= ]", requirement)[0] for requirement in wanted}
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     pinned = {line.partition("==")[0] for line in lines if not line.startswith("#")}
     assert names - {project["name"]} <= pinned
@@ -126,9 +127,9 @@ def test_import_adds_little_to_importing_jax() -> None:
     code = """
 import time
 import jax
-start = time.perf_counter()
+start = time.process_time()
 import jax_bridge
-print(time.perf_counter() - start)
+print(time.process_time() - start)
 """
     seconds = min(float(run_python(code)) for _ in range(3))
     assert seconds <= LARGEST_IMPORT_SECONDS
