@@ -8,16 +8,15 @@ import importlib
 import importlib.metadata
 import importlib.util
 import os
-import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.interpreters import mlir
 
+from jax_bridge import interpreter
 from jax_bridge.device import Device, current_device
 
 Output = jax.ShapeDtypeStruct
@@ -127,7 +126,8 @@ def launch(
         parameter: None for parameter in (*outputs, *operands, *updated) if parameter not in {**arrays, **written}
     }
     if interpreting():
-        return _varying(arrays, _interpret(kernel, written, arrays, tuple(changed), absent, constants, num_programs))
+        answers = interpreter.run(kernel, written, arrays, tuple(changed), {**absent, **constants}, num_programs)
+        return _varying(arrays, answers)
 
     if device.vendor != "nvidia":
         raise NotImplementedError(
@@ -273,81 +273,3 @@ def _without_debug_sections(ptx: str) -> str:
     return "".join(
         line for line in code.splitlines(keepends=True) if not line.lstrip().startswith((".loc", ".file", "//"))
     )
-
-
-class _HostBuffer:
-    """A numpy array with the few tensor methods that Triton's interpreter calls."""
-
-    def __init__(self, array: np.ndarray) -> None:
-        self.array, self.dtype, self.shape = array, array.dtype, array.shape
-
-    def data_ptr(self) -> int:
-        return self.array.ctypes.data
-
-    def untyped_storage(self) -> "_HostBuffer":
-        return self
-
-    def cpu(self) -> "_HostBuffer":
-        return self
-
-    def new_empty(self, *_: Any, **__: Any) -> "_HostBuffer":
-        return _HostBuffer(self.array)
-
-    def set_(self, storage: "_HostBuffer", *_: Any) -> None:
-        self.array = storage.array
-
-    def storage_offset(self) -> int:
-        return 0
-
-    def size(self) -> tuple[int, ...]:
-        return self.array.shape
-
-    def stride(self) -> tuple[int, ...]:
-        return tuple(step // self.array.itemsize for step in self.array.strides)
-
-    def element_size(self) -> int:
-        return self.array.itemsize
-
-    def copy_(self, _: Any) -> None:
-        """Nothing to copy back: the kernel wrote into this very memory."""
-
-
-_interpreter_lock = threading.Lock()  # the interpreter patches triton.language globally while a kernel runs
-
-
-def _interpret(
-    kernel: Any,
-    outputs: Mapping[str, Output],
-    arrays: Mapping[str, jax.Array],
-    updated: Sequence[str],
-    absent: Mapping[str, None],
-    constants: Mapping[str, Any],
-    num_programs: int,
-) -> dict[str, jax.Array]:
-    """Runs a kernel in Triton's interpreter through a host callback."""
-    answers = {**outputs, **{name: Output(arrays[name].shape, arrays[name].dtype) for name in updated}}
-
-    def run(arrays: dict[str, Any]) -> dict[str, np.ndarray]:
-        inputs = {name: _widened(np.asarray(array)) for name, array in arrays.items() if name not in updated}
-        results = {name: _unwritten(output) for name, output in outputs.items()}
-        results |= {name: _widened(np.array(arrays[name])) for name in updated}
-        buffers = {name: _HostBuffer(array) for name, array in {**inputs, **results}.items()}
-        # A GPU's arithmetic does not warn either, of values that a `where` then leaves out.
-        silence = warnings.catch_warnings(action="ignore", category=RuntimeWarning)
-        with _interpreter_lock, np.errstate(all="ignore"), silence:
-            kernel[(num_programs,)](**buffers, **absent, **constants)
-        return {name: array.astype(answers[name].dtype) for name, array in results.items()}
-
-    return jax.pure_callback(run, answers, dict(arrays), vmap_method="sequential")
-
-
-def _widened(array: np.ndarray) -> np.ndarray:
-    """A contiguous array, bfloat16 as float32: the interpreter's dot product multiplies bfloat16 bit patterns."""
-    return np.ascontiguousarray(array.astype(np.float32) if array.dtype == jnp.bfloat16 else array)
-
-
-def _unwritten(output: Output) -> np.ndarray:
-    """A buffer in which elements that the kernel does not write are seen."""
-    dtype = np.dtype(np.float32) if output.dtype == jnp.bfloat16 else np.dtype(output.dtype)
-    filler = np.nan if jnp.issubdtype(dtype, jnp.floating) else np.iinfo(dtype).min
-    return np.full(output.shape, filler, dtype)

@@ -21,7 +21,7 @@ import jax
 import numpy as np
 
 import triton_kernels
-from jax_bridge import launch
+from jax_bridge import interpreter, launch
 from tests.cases import CASES, Case
 from tests.implementations import small_tiles
 
@@ -319,7 +319,9 @@ def planted(bug: KernelBug, folder: Path) -> Iterator[None]:
     sys.path.insert(0, str(folder))
     _forget()
     try:
-        with mock.patch.multiple(launch, _widened=_amid(launch._widened), _unwritten=_amid(launch._unwritten)):
+        with mock.patch.multiple(
+            interpreter, _widened=_amid(interpreter._widened), _unwritten=_amid(interpreter._unwritten)
+        ):
             yield
     finally:
         sys.path.remove(str(folder))

@@ -48,7 +48,8 @@ def freeze_times(monkeypatch: pytest.MonkeyPatch) -> None:
         program.run(1)
         return Timing.of([1e-5] * 3)
 
-    monkeypatch.setattr("bench.runner.measure_program", measure)
+    for module in ("runner", "jax_peers"):
+        monkeypatch.setattr(f"bench.{module}.measure_program", measure)
     monkeypatch.setattr("bench.comparison.copy_bandwidth", lambda num_bytes, **sampling: {"memcpy": 1e12})
     monkeypatch.setattr("bench.comparison.matrix_rate", lambda size, **sampling: 1e14)
 

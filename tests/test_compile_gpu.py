@@ -383,7 +383,8 @@ def test_launches_that_need_too_much_shared_memory_say_so() -> None:
 def test_running_on_a_cpu_without_the_interpreter_says_what_to_do() -> None:
     arrays, keywords = Variant("cpu", LLAMA).arguments()
     call = functools.partial(jax_bridge.page_attention, **keywords, platform="triton")
-    with pytest.raises(NotImplementedError, match=r"does not support CPU devices; set TRITON_INTERPRET=1"):
+    expected = r'does not support CPU devices; use platform="xla", or set TRITON_INTERPRET=1'
+    with pytest.raises(NotImplementedError, match=expected):
         jax.jit(call).trace(*arrays).lower()
 
 
