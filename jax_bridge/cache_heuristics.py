@@ -3,7 +3,7 @@
 from jax_bridge.configs import CacheConfig
 from jax_bridge.device import Device
 from jax_bridge.operation import Invocation
-from jax_bridge.paged_launch import next_power_of_two
+from jax_bridge.tiles import next_power_of_two
 
 NUM_WARPS = 4
 WRITE_ELEMENTS = 4096  # of a program: 32 a thread, in bfloat16 four loads of 16 bytes that are all in flight

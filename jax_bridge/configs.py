@@ -31,6 +31,8 @@ _RULES: dict[str, tuple[Callable[[int], bool], str]] = {
     "kv_blocksize": (lambda value: _power_of_two(value) and value >= 16, "a power of two from 16"),
     "kv_heads_at_once": (lambda value: value >= 1, "an integer >= 1"),
     "block_q": (lambda value: _power_of_two(value) and value >= 16, "a power of two from 16"),
+    "block_n": (lambda value: _power_of_two(value) and value >= 16, "a power of two from 16"),
+    "decode_block_n": (lambda value: _power_of_two(value) and value >= 16, "a power of two from 16"),
     "block_k": (lambda value: _power_of_two(value) and value >= 16, "a power of two from 16"),
 }
 _BLOCK_RULE = (_power_of_two, "a power of two")
@@ -83,6 +85,13 @@ class Config:
         if not accepts(operator.index(value)):
             raise ValueError(f"{type(self).__name__}: {name} is {value!r}, expected {expected}")
         return operator.index(value)
+
+
+def chosen(value: int | None) -> int:
+    """A field that heuristics have filled in."""
+    if value is None:
+        raise TypeError("a configuration has open fields, expected every field to be chosen")
+    return value
 
 
 def completed(cfg: Any, defaults: Any) -> Any:

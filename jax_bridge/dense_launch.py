@@ -10,21 +10,24 @@ import jax.numpy as jnp
 import numpy as np
 
 import reference
-from jax_bridge.configs import AttentionConfig
+from jax_bridge.configs import AttentionConfig, chosen
 from jax_bridge.device import Device
 from jax_bridge.launch import Output, kernels, launch
-from jax_bridge.paged_launch import next_power_of_two, padded_head_dim
+from jax_bridge.tiles import (
+    FEWEST_REGISTERS,
+    FEWEST_REGISTERS_WIDE,
+    MAX_HEAD_DIM,
+    build_tile,
+    max_registers,
+    next_power_of_two,
+    padded_head_dim,
+)
 from jax_bridge.validation import Window
 
-_MAX_HEAD_DIM = 512
 _FEW_ROWS = 64  # of a KV head: they fit one small tile
 _FULL_WAVES = 3  # programs a multiprocessor that large tiles must make: fewer leave it idle at the end
-_REGISTERS_PER_SM, _MOST_REGISTERS = 65_536, 255
-_FEWEST_REGISTERS, _FEWEST_REGISTERS_WIDE = 128, 168  # with fewer the loop spills; likewise for head dims above 128
-# Triton's wgmma has read past tiles with narrower rows (triton#10573, #11366); 3.9 is not known to be free of it.
-_NARROWEST_WGMMA_TILE, _WGMMA_ROWS = 64, 64
 _L2_BYTES = 32 << 20  # of keys and values that programs share at a time; of the 50 MB of an H100
-_BLOCK_SEGMENT_ROWS = 256
+_BLOCK_SEGMENT_ROWS, _SEGMENT_WARPS = 256, 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +88,7 @@ def lacks(arrays: Mapping[str, Any], sizes: DenseSizes, options: AttentionOption
         "dropout_prob": options.dropout_prob > 0,
         "return_weights": options.return_weights,
         f"softmax_dtype={options.softmax_dtype}": options.softmax_dtype != jnp.float32,
-        f"head dims above {_MAX_HEAD_DIM} (here {widest})": widest > _MAX_HEAD_DIM,
+        f"head dims above {MAX_HEAD_DIM} (here {widest})": widest > MAX_HEAD_DIM,
     }
     return next((words for words, is_missing in missing.items() if is_missing), None)
 
@@ -118,6 +121,7 @@ def attend(
         group_size=sizes.group_size,
     )
     row_tiles = math.ceil(sizes.q_len * sizes.group_size / tile.block_m)
+    fewest_registers = FEWEST_REGISTERS if sizes.widest <= 128 else FEWEST_REGISTERS_WIDE
     results = launch(
         kernels("attention").dense_attention_kernel,
         outputs={"out_ptr": Output((*query.shape[:3], sizes.value_head_dim), options.dtype)},
@@ -135,14 +139,14 @@ def attend(
             "SCORING": scoring,
             "TILE": tile,
             "NUM_KEYS": sizes.kv_len,
-            "HEADS_AT_ONCE": min(_given(cfg.kv_heads_at_once), sizes.batch * sizes.num_kv_heads),
+            "HEADS_AT_ONCE": min(chosen(cfg.kv_heads_at_once), sizes.batch * sizes.num_kv_heads),
         },
         num_programs=sizes.batch * sizes.num_kv_heads * row_tiles,
-        num_warps=_given(cfg.num_warps),
-        num_stages=_given(cfg.num_stages),
+        num_warps=chosen(cfg.num_warps),
+        num_stages=chosen(cfg.num_stages),
         device=device,
         operation="attention",
-        max_registers=_max_registers(sizes, _given(cfg.num_warps), _given(cfg.programs_per_sm)),
+        max_registers=max_registers(chosen(cfg.num_warps), chosen(cfg.programs_per_sm), fewest_registers),
     )
     return results["out_ptr"]
 
@@ -160,14 +164,12 @@ def merged_sinks(sinks: jax.Array | None, num_q_heads: int, *, one_a_head: bool)
 
 
 def _tile(sizes: DenseSizes, cfg: AttentionConfig) -> Any:
-    block_q = _given(cfg.block_q)
-    narrowest = _NARROWEST_WGMMA_TILE if block_q >= _WGMMA_ROWS else 0
-    return kernels("specialization").Tile(
-        block_m=block_q,
-        block_n=_given(cfg.block_k),
-        block_d=max(narrowest, padded_head_dim(sizes.head_dim)),
-        block_dv=max(narrowest, padded_head_dim(sizes.value_head_dim)),
-        num_stages=_given(cfg.num_stages),
+    return build_tile(
+        block_m=chosen(cfg.block_q),
+        block_n=chosen(cfg.block_k),
+        head_dim=sizes.head_dim,
+        value_head_dim=sizes.value_head_dim,
+        num_stages=chosen(cfg.num_stages),
         skip_masks=bool(cfg.skip_masks),
     )
 
@@ -224,7 +226,7 @@ def _segments(
             "BLOCK_N": block_n,
         },
         num_programs=sizes.batch * key_tiles,
-        num_warps=8,
+        num_warps=_SEGMENT_WARPS,
         num_stages=1,
         device=device,
         operation="attention",
@@ -245,20 +247,6 @@ def _int32_segments(rows: jax.Array, keys: jax.Array) -> tuple[jax.Array, jax.Ar
         return jnp.where(ids < 0, -1, jnp.searchsorted(known, ids).astype(jnp.int32))
 
     return rank(rows), rank(keys)
-
-
-def _max_registers(sizes: DenseSizes, num_warps: int, programs_per_sm: int) -> int | None:
-    """Registers a thread with which as many programs as planned fit a multiprocessor; None for no limit."""
-    fewest = _FEWEST_REGISTERS if sizes.widest <= 128 else _FEWEST_REGISTERS_WIDE
-    registers = max(fewest, _REGISTERS_PER_SM // (num_warps * 32 * programs_per_sm) // 8 * 8)
-    return registers if registers < _MOST_REGISTERS else None
-
-
-def _given(value: int | None) -> int:
-    """A field that heuristics have filled in."""
-    if value is None:
-        raise TypeError("a configuration has open fields, expected every field to be chosen")
-    return value
 
 
 def heuristic_cfg(
@@ -290,17 +278,17 @@ def heuristic_cfg(
         skip_masks=itemsize < 4 and num_rows > _FEW_ROWS,
     )
     cfg = dataclasses.replace(cfg, kv_heads_at_once=_kv_heads_at_once(sizes, cfg, itemsize, device))
-    while _given(cfg.num_stages) > 1 and _shared_bytes(sizes, cfg, itemsize) > device.shared_memory:
-        cfg = dataclasses.replace(cfg, num_stages=_given(cfg.num_stages) - 1)
-    while _given(cfg.block_q) > 16 and _shared_bytes(sizes, cfg, itemsize) > device.shared_memory:
-        cfg = dataclasses.replace(cfg, block_q=_given(cfg.block_q) // 2)
+    while chosen(cfg.num_stages) > 1 and _shared_bytes(sizes, cfg, itemsize) > device.shared_memory:
+        cfg = dataclasses.replace(cfg, num_stages=chosen(cfg.num_stages) - 1)
+    while chosen(cfg.block_q) > 16 and _shared_bytes(sizes, cfg, itemsize) > device.shared_memory:
+        cfg = dataclasses.replace(cfg, block_q=chosen(cfg.block_q) // 2)
     return cfg
 
 
 def _kv_heads_at_once(sizes: DenseSizes, cfg: AttentionConfig, itemsize: int, device: Device) -> int:
     """One where its row tiles occupy the device and more, so that others only crowd its keys out; else what fits L2."""
-    row_tiles = math.ceil(sizes.q_len * sizes.group_size / _given(cfg.block_q))
-    if 2 * row_tiles >= 3 * device.num_sms * _given(cfg.programs_per_sm):
+    row_tiles = math.ceil(sizes.q_len * sizes.group_size / chosen(cfg.block_q))
+    if 2 * row_tiles >= 3 * device.num_sms * chosen(cfg.programs_per_sm):
         return 1
     heads = _L2_BYTES // _bytes_of_keys(sizes, max(1, sizes.kv_len), itemsize)
     return max(1, min(sizes.batch * sizes.num_kv_heads, heads))
@@ -334,5 +322,5 @@ def _bytes_of_keys(sizes: DenseSizes, num_keys: int, itemsize: int) -> int:
 
 def _shared_bytes(sizes: DenseSizes, cfg: AttentionConfig, itemsize: int) -> int:
     """Shared memory of a program: its queries, and the tiles of keys and values in flight."""
-    query_bytes = _given(cfg.block_q) * padded_head_dim(sizes.head_dim) * itemsize
-    return query_bytes + _bytes_of_keys(sizes, _given(cfg.block_k) * _given(cfg.num_stages), itemsize)
+    query_bytes = chosen(cfg.block_q) * padded_head_dim(sizes.head_dim) * itemsize
+    return query_bytes + _bytes_of_keys(sizes, chosen(cfg.block_k) * chosen(cfg.num_stages), itemsize)

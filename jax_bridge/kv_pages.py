@@ -10,11 +10,12 @@ import jax.numpy as jnp
 import reference
 from jax_bridge.cache_heuristics import NUM_WARPS, WRITE_ELEMENTS, cache_config, columns_per_block, rows_per_program
 from jax_bridge.configs import CacheConfig
-from jax_bridge.device import Device, current_device
-from jax_bridge.launch import available, interpreting, kernel_operation, kernels, launch
+from jax_bridge.device import Device
+from jax_bridge.launch import available, kernel_operation, kernels, launch
 from jax_bridge.layouts import cache_strides, scale_stride
 from jax_bridge.operation import Implementation, Invocation, Operation, Outputs
 from jax_bridge.paged_launch import Arrays
+from jax_bridge.tiles import lacks_cache_dtype
 from jax_bridge.validation import FLOAT, Arguments
 
 
@@ -129,10 +130,7 @@ def _stored_format(dtype: Any) -> Any:
 
 
 def _triton_lacks(invocation: Invocation) -> str | None:
-    cache_dtype = invocation.arrays["key_cache"].dtype
-    if cache_dtype == jnp.float8_e4m3fn and not interpreting() and not current_device().converts_e4m3:
-        return "float8_e4m3fn caches before compute capability 8.9"
-    return None
+    return lacks_cache_dtype(invocation.arrays["key_cache"].dtype)
 
 
 class WriteKVPages(Operation):

@@ -17,9 +17,11 @@ from jax_bridge.configs import (
     PrefillPageAttentionConfig,
     RaggedDecodeAttentionConfig,
     UnifiedAttentionConfig,
+    chosen,
 )
 from jax_bridge.device import Device
-from jax_bridge.paged_launch import RowClass, next_power_of_two, padded_head_dim
+from jax_bridge.paged_launch import RowClass
+from jax_bridge.tiles import next_power_of_two, padded_head_dim
 from jax_bridge.validation import PagedSizes
 
 Launches = tuple[tuple[RowClass, ...], ...]
@@ -183,10 +185,10 @@ def _params(cfg: RaggedDecodeAttentionConfig) -> FwdParams:
 def _ragged_tile(cfg: RaggedDecodeAttentionConfig) -> TileShape:
     params = _params(cfg)
     return TileShape(
-        block_m=_given(params.blocksize_heads),
-        block_n=_given(params.kv_blocksize),
-        num_warps=_given(params.num_warps),
-        num_stages=_given(params.num_stages),
+        block_m=chosen(params.blocksize_heads),
+        block_n=chosen(params.kv_blocksize),
+        num_warps=chosen(params.num_warps),
+        num_stages=chosen(params.num_stages),
     )
 
 
@@ -272,13 +274,13 @@ def unified_attention_launches(
     if cfg.seq_threshold_3d is not None and sizes.num_seqs > cfg.seq_threshold_3d:
         num_splits = 1
     decode = RowClass(
-        block_m=_given(cfg.decode_block_m),
-        block_n=_given(cfg.decode_block_n),
-        num_warps=_given(cfg.num_warps),
-        num_stages=_given(cfg.decode_num_stages),
+        block_m=chosen(cfg.decode_block_m),
+        block_n=chosen(cfg.decode_block_n),
+        num_warps=chosen(cfg.num_warps),
+        num_stages=chosen(cfg.decode_num_stages),
         skip_masks=False,
-        programs_per_sm=_given(cfg.decode_programs_per_sm),
-        min_tiles=_given(cfg.min_tiles_per_split),
+        programs_per_sm=chosen(cfg.decode_programs_per_sm),
+        min_tiles=chosen(cfg.min_tiles_per_split),
         num_splits=num_splits,
     )
     num_rows = sizes.num_tokens * sizes.group_size
@@ -287,12 +289,12 @@ def unified_attention_launches(
     if _is_decode_only(sizes, query_dtype):
         return ((_undivided_if_full(decode, sizes, num_rows, device),),)
     prefill = RowClass(
-        block_m=_given(cfg.block_m),
-        block_n=_given(cfg.block_n),
-        num_warps=_given(cfg.num_warps),
-        num_stages=_given(cfg.num_stages),
+        block_m=chosen(cfg.block_m),
+        block_n=chosen(cfg.block_n),
+        num_warps=chosen(cfg.num_warps),
+        num_stages=chosen(cfg.num_stages),
         skip_masks=bool(cfg.skip_masks),
-        programs_per_sm=_given(cfg.programs_per_sm),
+        programs_per_sm=chosen(cfg.programs_per_sm),
         min_tiles=_MIN_PREFILL_TILES,
         num_splits=num_splits,
     )
@@ -309,13 +311,6 @@ def unified_attention_launches(
 def _overlaps(sizes: PagedSizes) -> bool:
     """Whether enough of a batch may be prefilling for decoding programs to leave room for it at once."""
     return sizes.num_tokens >= _SHORT_TOKENS * sizes.num_seqs
-
-
-def _given(value: int | None) -> int:
-    """A field that heuristics have filled in."""
-    if value is None:
-        raise TypeError("a configuration has open fields, expected every field to be chosen")
-    return value
 
 
 def _is_decode_only(sizes: PagedSizes, query_dtype: Any) -> bool:

@@ -8,43 +8,36 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jax_bridge.device import Device, current_device
-from jax_bridge.launch import Output, interpreting, kernels, launch
-from jax_bridge.layouts import cache_strides
+from jax_bridge.device import Device
+from jax_bridge.launch import Output, kernels, launch
+from jax_bridge.layouts import cache_strides, scale_stride
+from jax_bridge.tiles import (
+    FEWEST_REGISTERS,
+    FEWEST_REGISTERS_WIDE,
+    MAX_HEAD_DIM,
+    build_tile,
+    lacks_cache_dtype,
+    max_registers,
+    next_power_of_two,
+    padded_head_dim,
+)
 from jax_bridge.validation import PagedOptions, PagedSizes
 
 Arrays = Mapping[str, Any]  # arrays by name, None where absent
 
-_MAX_HEAD_DIM = 512
 _MAX_BLOCK_S = 1024  # segments that a program counts at once in its schedule
-_REGISTERS_PER_SM, _MOST_REGISTERS = 65_536, 255
-_FEWEST_REGISTERS = 128  # with fewer the loop over tiles spills
-_FEWEST_REGISTERS_WIDE = 168  # likewise for head dims above 128, and for decoding with an exact soft cap or ALiBi
 _MAX_REDUCE_ELEMENTS = 8192  # float32 partials that a reducing program holds: 64 registers a thread
 _MOST_REDUCE_ELEMENTS = 2 * _MAX_REDUCE_ELEMENTS  # of a single row with many splits; more than that spills
-# Triton's wgmma has read past tiles with narrower rows (triton#10573, #11366); 3.9 is not known to be free of it.
-_NARROWEST_WGMMA_TILE, _WGMMA_ROWS = 64, 64
 _MIN_REDUCE_SPLITS = 8
+_REDUCE_WARPS = 4
 ANY_ROWS = 2**31 - 1
-
-
-def next_power_of_two(value: int) -> int:
-    """The smallest power of two that is not below `value`."""
-    return 1 << max(value - 1, 0).bit_length()
-
-
-def padded_head_dim(head_dim: int) -> int:
-    """Width of a tile's head axis: a power of two, and no less than a dot product takes."""
-    return max(16, next_power_of_two(head_dim))
 
 
 def lacks(sizes: PagedSizes, cache_dtype: Any) -> str | None:
     """Words for what the paged kernels cannot do on the current device, or None."""
-    if max(sizes.head_dim, sizes.value_head_dim) > _MAX_HEAD_DIM:
-        return f"head dims above {_MAX_HEAD_DIM} (here {max(sizes.head_dim, sizes.value_head_dim)})"
-    if cache_dtype == jnp.float8_e4m3fn and not interpreting() and not current_device().converts_e4m3:
-        return "float8_e4m3fn caches before compute capability 8.9"
-    return None
+    if (widest := max(sizes.head_dim, sizes.value_head_dim)) > MAX_HEAD_DIM:
+        return f"head dims above {MAX_HEAD_DIM} (here {widest})"
+    return lacks_cache_dtype(cache_dtype)
 
 
 def operands_of(arrays: Arrays, *, query: str, lengths: str, table: str, starts: jax.Array | None) -> Arrays:
@@ -281,7 +274,7 @@ class PagedCall:
                 "BLOCK_SPLITS": block_splits,
             },
             num_programs=work.row_tiles * self.sizes.num_kv_heads * (tile.block_m // block_rows),
-            num_warps=4,
+            num_warps=_REDUCE_WARPS,
             num_stages=1,
             device=self.device,
             operation=self.operation,
@@ -293,10 +286,8 @@ class PagedCall:
         decodes = not any(rows.skip_masks for rows in classes)
         caps_exactly = self.options.soft_cap is not None and self.operands["q_ptr"].dtype == jnp.float32
         is_plain = not caps_exactly and self.operands["alibi_ptr"] is None
-        fewest = _FEWEST_REGISTERS if widest <= 128 and (is_plain or not decodes) else _FEWEST_REGISTERS_WIDE
-        threads = num_warps * 32 * max(rows.programs_per_sm for rows in classes)
-        registers = max(fewest, _REGISTERS_PER_SM // threads // 8 * 8)
-        return registers if registers < _MOST_REGISTERS else None
+        fewest = FEWEST_REGISTERS if widest <= 128 and (is_plain or not decodes) else FEWEST_REGISTERS_WIDE
+        return max_registers(num_warps, max(rows.programs_per_sm for rows in classes), fewest)
 
     @property
     def _is_packed(self) -> bool:
@@ -333,12 +324,11 @@ class PagedCall:
         }
 
     def _tile(self, rows: RowClass) -> Any:
-        narrowest = _NARROWEST_WGMMA_TILE if rows.block_m >= _WGMMA_ROWS else 0
-        return kernels("specialization").Tile(
+        return build_tile(
             block_m=rows.block_m,
             block_n=rows.block_n,
-            block_d=max(narrowest, padded_head_dim(self.sizes.head_dim)),
-            block_dv=max(narrowest, padded_head_dim(self.sizes.value_head_dim)),
+            head_dim=self.sizes.head_dim,
+            value_head_dim=self.sizes.value_head_dim,
             num_stages=rows.num_stages,
             skip_masks=rows.skip_masks,
         )
@@ -389,8 +379,8 @@ class PagedCall:
                 and all(operands[name] is None for name in ("alibi_ptr", "qq_bias_ptr", "k_scale_ptr"))
                 and options.softmax_scale > 0,
             ),
-            "K_SCALE_STRIDE": _scale_stride(operands["k_scale_ptr"]),
-            "V_SCALE_STRIDE": _scale_stride(operands["v_scale_ptr"]),
+            "K_SCALE_STRIDE": scale_stride(operands["k_scale_ptr"]),
+            "V_SCALE_STRIDE": scale_stride(operands["v_scale_ptr"]),
         }
 
 
@@ -425,8 +415,3 @@ def _paged_cache(sizes: PagedSizes, kv_layout: str, key_shape: tuple[int, ...], 
         v_token_stride=v_strides.token,
         v_head_stride=v_strides.head,
     )
-
-
-def _scale_stride(scale: jax.Array | None) -> int:
-    """Step between the scales of two KV heads: 0 where one scale serves all."""
-    return 0 if scale is None or scale.shape[0] == 1 else 1

@@ -11,7 +11,8 @@ from jax_bridge.dense_launch import merged_sinks
 from jax_bridge.device import Device
 from jax_bridge.launch import kernel_operation
 from jax_bridge.operation import Invocation, Outputs
-from jax_bridge.paged_launch import Arrays, PagedCall, next_power_of_two
+from jax_bridge.paged_launch import Arrays, PagedCall
+from jax_bridge.tiles import next_power_of_two
 from jax_bridge.validation import PagedOptions, PagedSizes
 
 _DENSE_LAYOUT = "PTHD"  # of `[B, L, Hkv, D]`

@@ -14,7 +14,6 @@ right_softmax = scores.softmax
 right_visible_range = paging.visible_range
 right_per_kv_head = scores.per_kv_head
 right_bias_between = blocks.bias_between
-right_soft_capped = scores.soft_capped
 
 
 def _cap_ignored(logits: Any, soft_cap: Any) -> Any:

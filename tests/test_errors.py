@@ -370,6 +370,8 @@ def test_configurations_check_their_fields(config_type: Any) -> None:
         "num_splits": (-1,),
         "block_m": (48,),
         "block_q": (0,),
+        "block_n": (8, 24),
+        "decode_block_n": (8,),
         "platform": ("rocm",),
         "backend": ("cuda",),
         "num_key_splits": (-1,),

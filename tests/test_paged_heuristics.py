@@ -11,7 +11,8 @@ import pytest
 import jax_bridge
 from jax_bridge import paged_heuristics as heuristics
 from jax_bridge.device import KNOWN_DEVICES, Device
-from jax_bridge.paged_launch import ANY_ROWS, RowClass, padded_head_dim
+from jax_bridge.paged_launch import ANY_ROWS, RowClass
+from jax_bridge.tiles import padded_head_dim
 from jax_bridge.validation import PagedSizes
 
 H100 = KNOWN_DEVICES["h100"]

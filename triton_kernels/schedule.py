@@ -111,7 +111,7 @@ def measure_shares(
         num_tiles = tl.sum(total)
         reach = tl.max(longest).to(SCHEDULE.line_type) * SCHEDULE.unit
         is_uniform = num_tiles * SCHEDULE.unit == num_row_tiles * reach
-        cost = tl.where(is_uniform, 0, SCHEDULE.row_tile_cost * SCHEDULE.unit)
+        cost = tl.where(is_uniform, 0, SCHEDULE.unit)
         length = tl.cdiv(num_tiles * SCHEDULE.unit + num_row_tiles * cost, SCHEDULE.num_shares)
         length = tl.maximum(length, SCHEDULE.min_tiles * SCHEDULE.unit)
         # Equal row tiles are cut alike, or not at all, where that makes shares but little longer.

@@ -75,7 +75,7 @@ class Schedule:
 
     `num_splits` is forced, or 0 to balance the batch: over `num_shares` shares, none shorter than `min_tiles` KV tiles.
     If it is forced there are `num_shares` at most. `num_slots` programs a KV head do a share each, or take them by
-    tickets. A row tile spans `most_tiles` KV tiles at most, and to begin one costs as much as `row_tile_cost` of them.
+    tickets. A row tile spans `most_tiles` KV tiles at most, and to begin one costs as much as one of them.
     `most_work` bounds the tiles or splits of all row tiles, even where starts and lengths are nonsense.
     Programs count `block_s` segments at a time; their partial results begin at `first_partial`.
     """
@@ -90,7 +90,6 @@ class Schedule:
     most_tiles: int
     block_s: int
     most_work: int
-    row_tile_cost: int = 1
     first_partial: int = 0
 
     @property

@@ -1,0 +1,54 @@
+"""What a multiprocessor and Triton's dot product ask of tiles, for all kernels with a loop over keys."""
+
+from typing import Any
+
+import jax.numpy as jnp
+
+from jax_bridge.device import current_device
+from jax_bridge.launch import interpreting, kernels
+
+MAX_HEAD_DIM = 512
+FEWEST_REGISTERS = 128  # with fewer the loop over tiles spills
+FEWEST_REGISTERS_WIDE = 168  # likewise for head dims above 128, and for decoding with an exact soft cap or ALiBi
+
+_REGISTERS_PER_SM, _MOST_REGISTERS = 65_536, 255
+# Triton's wgmma has read past tiles with narrower rows (triton#10573, #11366); 3.9 is not known to be free of it.
+_NARROWEST_WGMMA_TILE, _WGMMA_ROWS = 64, 64
+
+
+def next_power_of_two(value: int) -> int:
+    """The smallest power of two that is not below `value`."""
+    return 1 << max(value - 1, 0).bit_length()
+
+
+def padded_head_dim(head_dim: int) -> int:
+    """Width of a tile's head axis: a power of two, and no less than a dot product takes."""
+    return max(16, next_power_of_two(head_dim))
+
+
+def build_tile(
+    *, block_m: int, block_n: int, head_dim: int, value_head_dim: int, num_stages: int, skip_masks: bool
+) -> Any:
+    """The `Tile` of a kernel for heads of these widths."""
+    narrowest = _NARROWEST_WGMMA_TILE if block_m >= _WGMMA_ROWS else 0
+    return kernels("specialization").Tile(
+        block_m=block_m,
+        block_n=block_n,
+        block_d=max(narrowest, padded_head_dim(head_dim)),
+        block_dv=max(narrowest, padded_head_dim(value_head_dim)),
+        num_stages=num_stages,
+        skip_masks=skip_masks,
+    )
+
+
+def max_registers(num_warps: int, programs_per_sm: int, fewest: int) -> int | None:
+    """Registers a thread with which as many programs as planned fit a multiprocessor; None for no limit."""
+    registers = max(fewest, _REGISTERS_PER_SM // (num_warps * 32 * programs_per_sm) // 8 * 8)
+    return registers if registers < _MOST_REGISTERS else None
+
+
+def lacks_cache_dtype(dtype: Any) -> str | None:
+    """Words for a cache's dtype that the current device has no conversions for, or None."""
+    if dtype == jnp.float8_e4m3fn and not interpreting() and not current_device().converts_e4m3:
+        return "float8_e4m3fn caches before compute capability 8.9"
+    return None
