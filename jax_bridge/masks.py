@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jax_bridge.validation import BOOLEAN, INDEX, Arguments
+from jax_bridge.validation import BOOLEAN, INDEX, Arguments, narrowed_ids
 
 
 @functools.partial(
@@ -100,7 +100,9 @@ class MaskInfo:
             visible = jnp.arange(self.kv_len) < jnp.asarray(self.key_lengths)[:, None, None, None]
             return jnp.broadcast_to(visible, (visible.shape[0], 1, self.q_len, self.kv_len))
         if self.q_segment_ids is None or self.kv_segment_ids is None:
-            raise ValueError("MaskInfo: attention_mask is None, expected it or both q_segment_ids and kv_segment_ids")
-        q_ids = jnp.asarray(self.q_segment_ids)[:, None, :, None]
-        kv_ids = jnp.asarray(self.kv_segment_ids)[:, None, None, :]
+            raise ValueError(
+                "MaskInfo: attention_mask is None, expected it, both q_segment_ids and kv_segment_ids, or key_lengths"
+            )
+        q_ids, kv_ids = (jnp.asarray(ids) for ids in narrowed_ids(self.q_segment_ids, self.kv_segment_ids))
+        q_ids, kv_ids = q_ids[:, None, :, None], kv_ids[:, None, None, :]
         return (q_ids == kv_ids) & (q_ids >= 0)

@@ -143,6 +143,22 @@ class TestKernel:
         info = MaskInfo.from_segments(row_ids, key_ids)
         assert_close(attend(*arrays, mask_info=info), attend(*arrays, mask_info=info, platform="xla"))
 
+    @pytest.mark.parametrize("keys_of", ["numpy", "jax"])
+    def test_segments_of_64_bits(self, keys_of: str) -> None:
+        """numpy's 64-bit ids, such as hashes, are not wrapped round to 32 bits."""
+        row_ids, key_ids = segments(dtype=np.int64)
+        arrays, small = inputs(), MaskInfo.from_segments(row_ids.astype(np.int32), key_ids.astype(np.int32))
+        if keys_of == "jax":
+            large = MaskInfo.from_segments(np.where(row_ids == 1, 2**32 + 1, row_ids), jnp.asarray(key_ids))
+            expected = MaskInfo.from_segments(np.where(row_ids == 1, -1, row_ids).astype(np.int32), key_ids)
+        else:
+            large = MaskInfo.from_segments(*(np.where(ids < 0, ids, 2**31 + (ids << 32)) for ids in (row_ids, key_ids)))
+            expected = small
+        assert (row_ids == 1).any()
+        assert (key_ids < 0).any()
+        assert np.array_equal(large.get_or_compute_attention_mask(), expected.get_or_compute_attention_mask())
+        assert_close(attend(*arrays, mask_info=large), attend(*arrays, mask_info=expected, platform="xla"))
+
     def test_no_keys_and_no_rows(self) -> None:
         query, key, value = inputs()
         assert not np.any(attend(query, key[:, :0], value[:, :0], sinks=np.ones(HQ, np.float32)))
@@ -281,6 +297,11 @@ class TestXla:
         made = attend(*arrays, platform="xla", init_bias=lambda: self.BIAS)
         assert np.array_equal(made, np.asarray(jax_bridge.attention(*arrays, self.BIAS, dtype=None)))
 
+    def test_values_without_width_are_refused(self) -> None:
+        query, key, value = inputs()
+        with pytest.raises(ValueError, match=r"attention: value has Dv = 0 in \[B, K, Hkv, Dv\], expected Dv >= 1"):
+            jax_bridge.attention(query, key, value[..., :0], return_weights=True)
+
     def test_weights_are_those_of_the_values(self) -> None:
         query, key, value = inputs()
         out, weights = jax_bridge.attention(query, key, value, None, None, self.SINKS, dtype=None, return_weights=True)
@@ -292,7 +313,7 @@ class TestXla:
     @pytest.mark.parametrize(
         ("info", "pattern"),
         [
-            (lambda: MaskInfo(), "MaskInfo: attention_mask is None"),
+            (lambda: MaskInfo(), "MaskInfo: attention_mask is None, expected it, .* or key_lengths"),
             (
                 lambda: MaskInfo.from_segments(*segments(rows=Q - 1)),
                 r"mask_info.q_segment_ids has shape .* with Q = 13",
