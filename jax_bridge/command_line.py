@@ -78,9 +78,7 @@ def explain_command(arguments: Sequence[str] | None = None) -> int:
     def show(call: Parsed, op: str, platform: str | None) -> None:
         print(explain(op, *call[0], platform=platform, **call[1]))
 
-    print(machine())
-    print()
-    return _finish(parser, arguments, show)
+    return _finish(parser, arguments, show, introduce=lambda: print(machine(), end="\n\n"))
 
 
 def machine() -> str:
@@ -131,9 +129,13 @@ def _finish(
     parser: argparse.ArgumentParser,
     arguments: Sequence[str] | None,
     act: Callable[[Parsed, str, str | None], None],
+    introduce: Callable[[], None] = lambda: None,
 ) -> int:
     given = parser.parse_args(arguments)
+    if not given.op and (given.array or given.option):
+        parser.error("--array and --option belong to one operation, expected --op")
     try:
+        introduce()
         for op in [given.op] if given.op else OPERATIONS:
             act(parsed_call(op, given), op, given.platform)
     except (TypeError, ValueError, NotImplementedError) as error:

@@ -9,7 +9,7 @@ import importlib.metadata
 import json
 import os
 import re
-import tempfile
+import uuid
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -93,9 +93,10 @@ def find(
     if key in _absent:
         return None
     path = path_for(invocation.operation, platform, device)
-    if path not in _read:
-        _read[path] = _entries(path, invocation.operation) or {}
-    entry = _read[path].get(_written_key(invocation, platform, device)) if _read[path] else None
+    entries = _read.get(path)  # another thread may forget it meanwhile
+    if entries is None:
+        entries = _read[path] = _entries(path, invocation.operation) or {}
+    entry = entries.get(_written_key(invocation, platform, device)) if entries else None
     if entry is not None:
         try:
             cfg = _config(invocation.operation, entry["cfg"])
@@ -183,17 +184,17 @@ def _entries(path: Path, operation: str) -> dict[str, Any] | None:
 
 def _replace(path: Path, content: Mapping[str, Any]) -> None:
     """Write a file so that readers see the old or the new one, whole."""
-    with tempfile.NamedTemporaryFile(
-        "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
-    ) as temporary:
-        try:
-            json.dump(content, temporary, indent=1, sort_keys=True)
-            temporary.flush()
-            os.fsync(temporary.fileno())
-            os.replace(temporary.name, path)
-        except BaseException:
-            os.unlink(temporary.name)
-            raise
+    # Not by `tempfile`, whose files no other user may read.
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        with temporary.open("x", encoding="utf-8") as file:
+            json.dump(content, file, indent=1, sort_keys=True)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def _arrays(invocation: Any) -> tuple[tuple[str, tuple[int, ...], Any], ...]:

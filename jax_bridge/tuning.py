@@ -31,6 +31,7 @@ _LONG_SECONDS = 1e-3  # calls that last longer hide what launching costs
 _MOST_OUTPUT_BYTES = 256 << 20  # of the calls of a program
 _COLD_BYTES = 128 << 20  # arrays that calls take in turn, so that no L2 cache holds what the next call reads
 
+_LOST_IN_NOISE = "its time is lost in noise: more calls took no longer than fewer"
 _WRONG = "its result differs from that of the reference"
 
 _log = logging.getLogger(__name__)
@@ -43,6 +44,11 @@ class Trial:
     cfg: Config
     seconds: float | None
     problem: str | None = None
+
+    @property
+    def is_right(self) -> bool:
+        """Whether it runs and answers right, though perhaps too quickly to be timed."""
+        return self.problem in (None, _LOST_IN_NOISE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +73,8 @@ class TuningReport:
 
     def __str__(self) -> str:
         timed = sorted((t for t in self.trials if t.seconds is not None), key=lambda trial: trial.seconds or 0.0)
-        title = f"{self.operation}[{self.platform}] on {self.device}: {len(timed)} of {len(self.trials)} candidates run"
+        runs = f"{sum(trial.is_right for trial in self.trials)} of {len(self.trials)} candidates run"
+        title = f"{self.operation}[{self.platform}] on {self.device}: {runs}"
         lines = [title, "  microseconds  configuration"]
         lines += [
             f"  {1e6 * (t.seconds or 0.0):12.2f}  {self._differing(t.cfg)}{' <- taken' if t.cfg == self.best else ''}"
@@ -113,7 +120,8 @@ def tune(op: Any, *args: Any, platform: str | None = None, **kwargs: Any) -> Con
 
     Raises:
         TypeError: an argument of the wrong type or dtype, or a `cfg`.
-        ValueError: shapes or values that do not fit, an unknown operation, or no candidate that is right.
+        ValueError: shapes or values that do not fit, an unknown operation, no candidate that is right, or arrays for
+            which `xla`, with which candidates are compared, has too little memory.
         NotImplementedError: the platform does not support what is asked for.
 
     Warns:
@@ -161,7 +169,7 @@ def autotuned(operation: Operation, row: Implementation, invocation: Invocation,
             choice = Choice(heuristics.cfg, f"{heuristics.source}, as tuning failed")
             tuned_configs.remember(invocation, row.platform, device, choice)
             message = f"{tuned_configs.POLICY_VARIABLE}: {operation.name} is not tuned, heuristics serve it: {error}"
-            warnings.warn(message, RuntimeWarning, stacklevel=2)
+            warnings.warn(message, RuntimeWarning, stacklevel=1)
         return tuned_configs.find(invocation, row.platform, device)
 
 
@@ -206,7 +214,7 @@ def _measure(operation: Operation, row: Implementation, invocation: Invocation, 
     is_first_choice = row is operation.configurable(invocation)
     candidates = operation.candidate_cfgs(invocation) if is_first_choice else operation.candidates_of(row, invocation)
     arrays = made_up(invocation)
-    expected = jax.jit(_call(operation, invocation, "xla", None))(arrays)
+    expected = _expected(operation, invocation, arrays)
     is_interpreted = row.platform == "triton" and launch.interpreting()
     sets: list[tuple[Any]] = []
     trials = []
@@ -217,27 +225,39 @@ def _measure(operation: Operation, row: Implementation, invocation: Invocation, 
             sets = sets or _argument_sets(call, arrays, 1 if is_interpreted else _CALLS_PER_PROGRAM)
             program = timing.compile_program(call, sets)
             if all(_agree(answer, expected) for answer in program.run(0)):
-                trials.append(Trial(candidate, _seconds(program, is_interpreted)))
+                seconds = _seconds(program, is_interpreted)
+                trials.append(Trial(candidate, seconds) if seconds > 0 else Trial(candidate, None, _LOST_IN_NOISE))
             else:
                 trials.append(Trial(candidate, None, _WRONG))
         except Exception as error:  # whatever a compiler or a driver raises
             trials.append(Trial(candidate, None, f"{type(error).__name__}: {error}".partition("\n")[0]))
-    timed = [trial for trial in trials if trial.seconds is not None]
-    if not timed:
+    right = [trial for trial in trials if trial.is_right]
+    if not right:
         problems = "; ".join(f"{trial.cfg}: {trial.problem}" for trial in trials)
         raise ValueError(f"tune: none of the {len(trials)} candidates of {operation.name} runs right here: {problems}")
-    best = min(timed, key=lambda trial: trial.seconds or 0.0)
+    best = min(right, key=lambda trial: math.inf if trial.seconds is None else trial.seconds)
     tuned_configs.remember(invocation, row.platform, device, Choice(best.cfg, "tuning in this process"))
-    facts = {"microseconds": round(1e6 * (best.seconds or 0.0), 3), "candidates": len(trials)}
+    microseconds = None if best.seconds is None else round(1e6 * best.seconds, 3)
+    facts = {"microseconds": microseconds, "candidates": len(trials)}
     path = tuned_configs.store(invocation, row.platform, device, best.cfg, facts)
     place = tuned_configs.path_for(operation.name, row.platform, device).parent.name
     report = TuningReport(operation.name, row.platform, place, tuple(trials), best.cfg, path)
-    _log.log(logging.INFO if len(timed) == len(trials) else logging.WARNING, "%s", report)
+    _log.log(logging.INFO if len(right) == len(trials) else logging.WARNING, "%s", report)
     for trial in trials:
         if trial.problem == _WRONG:
             words = f"tune: {operation.name} leaves out {trial.cfg}: {_WRONG}"
-            warnings.warn(words, RuntimeWarning, stacklevel=3)
+            warnings.warn(words, RuntimeWarning, stacklevel=1)
     return report
+
+
+def _expected(operation: Operation, invocation: Invocation, arrays: Mapping[str, Any]) -> Any:
+    """What candidates are compared with; `attention` on `xla` holds all scores at once, which may be too many."""
+    try:
+        return jax.block_until_ready(jax.jit(_call(operation, invocation, "xla", None))(arrays))
+    except jax.errors.JaxRuntimeError as error:
+        problem = str(error).partition("\n")[0]
+        words = f'tune: platform="xla" cannot compute what candidates of {operation.name} are compared with: {problem}'
+        raise ValueError(words) from error
 
 
 def _call(
@@ -275,8 +295,12 @@ def _seconds(program: timing.Program, is_interpreted: bool) -> float:
 
 
 def _agree(results: Any, expected: Any) -> bool:
-    """Whether results agree to a few roundings of the weights and the output to the result's dtype."""
+    """Whether results agree to a few roundings of the weights and the output to the result's dtype; caches, exactly."""
     for result, reference in zip(jax.tree.leaves(results), jax.tree.leaves(expected), strict=True):
+        if result.dtype.itemsize == 1:
+            if not bool(jnp.array_equal(result, reference, equal_nan=jnp.issubdtype(result.dtype, jnp.floating))):
+                return False
+            continue
         tolerance = 8 * float(jnp.finfo(result.dtype).eps) if result.dtype.itemsize < 4 else 1e-4
         got, wanted = (array.astype(jnp.float32) for array in (result, reference))
         if not bool(jnp.allclose(got, wanted, rtol=tolerance, atol=tolerance, equal_nan=True)):

@@ -212,6 +212,36 @@ def test_every_operation_is_tuned_from_shapes(operation: str, monkeypatch: pytes
     assert [path.name for path in tmp_path.glob("*/*.json")] == [f"{operation}.json"]
 
 
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn", "bfloat16"])
+def test_written_caches_are_compared_exactly(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "_CALLS_PER_PROGRAM", 1)
+    monkeypatch.setattr(tuning, "ITERATIONS", 2)
+    named = dict(zip(arguments("write_kv_pages"), shapes("write_kv_pages"), strict=True))
+    caches = {n: jax.ShapeDtypeStruct(named[n].shape, jnp.dtype(dtype)) for n in ("key_cache", "value_cache")}
+    tokens = {n: jax.ShapeDtypeStruct(named[n].shape, jnp.bfloat16) for n in ("key", "value")}
+    assert jax_bridge.tune("write_kv_pages", *{**named, **tokens, **caches}.values()) is not None
+    one = jnp.ones(4, dtype)
+    assert tuning._agree(one, one)
+    if one.dtype.itemsize == 1:
+        assert not tuning._agree(one, one.at[0].set(jnp.asarray(1.125 if dtype != "int8" else 2, dtype)))
+
+
+def test_a_time_lost_in_noise_does_not_win(behaviours: Behaviours, monkeypatch: pytest.MonkeyPatch) -> None:
+    times(monkeypatch, 3.0, -1.0, 2.0)
+    assert jax_bridge.tune("page_attention", *shapes()) == THIRD
+    times(monkeypatch, -1.0, -1.0, -1.0)  # all are right, and the first is the one of the heuristics
+    assert jax_bridge.tune("page_attention", *shapes()) == FIRST
+
+
+def test_what_xla_cannot_hold_is_said(behaviours: Behaviours, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> Any:
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory\nand more lines")
+
+    monkeypatch.setattr(tuning, "_call", full)
+    with pytest.raises(ValueError, match=r'"xla" cannot compute what candidates of page_attention .*out of memory$'):
+        jax_bridge.tune("page_attention", *shapes())
+
+
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_candidates_begin_with_the_heuristics(operation: str) -> None:
     instance = OBJECTS[operation]
@@ -437,3 +467,17 @@ class TestCommands:
         assert tune_command(["--op", "page_attention", *wrong]) == 2
         assert words in capsys.readouterr().err
         assert set(SIZES) >= {"S", "Hq", "Hkv", "D", "ps", "MP"}
+
+    def test_explain_says_what_is_wrong_with_the_environment(
+        self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv(tuned_configs.POLICY_VARIABLE, "always")
+        assert explain_command([]) == 2
+        assert "JAX_BRIDGE_AUTOTUNE is 'always'" in capsys.readouterr().err
+
+    def test_options_belong_to_an_operation(self, capsys: pytest.CaptureFixture[str]) -> None:
+        with pytest.raises(SystemExit):
+            explain_command(["--option", "kv_layout=PTHD"])
+        captured = capsys.readouterr()
+        assert "expected --op" in captured.err
+        assert not captured.out
