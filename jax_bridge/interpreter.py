@@ -54,16 +54,23 @@ def run(
 
 @functools.cache
 def _spare_needless_work() -> None:
-    """Takes out of the interpreter what changes no result and costs more than half of its time."""
+    """Takes out of the interpreter what changes no result and costs more than half of its time.
+
+    A version of Triton that does not have it under the names that are known here is left as it is.
+    """
     import triton.language as tl
     from triton.runtime import interpreter
 
-    builder = interpreter.interpreter_builder
-    if not builder.options.debug:  # each sum of integers is checked for overflow, and what was found thrown away
-        builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
+    known = ("interpreter_builder", "_get_np_dtype", "_patch_lang", "_LangPatchScope")
+    if not all(hasattr(interpreter, name) for name in known):
+        return
+    options: Any = getattr(interpreter.interpreter_builder, "options", None)
+    if getattr(options, "sanitize_overflow", False) and not getattr(options, "debug", True):
+        # Every sum of integers is checked for overflow, and without `debug` what was found is thrown away.
+        interpreter.interpreter_builder.options = dataclasses.replace(options, sanitize_overflow=False)
 
     numpy_dtypes: dict[str, np.dtype] = {}
-    find_numpy_dtype = interpreter._get_np_dtype
+    find_numpy_dtype, patch = interpreter._get_np_dtype, interpreter._patch_lang
 
     def numpy_dtype(dtype: Any) -> np.dtype:
         name = dtype.scalar.name
@@ -71,19 +78,17 @@ def _spare_needless_work() -> None:
             numpy_dtypes[name] = find_numpy_dtype(dtype)
         return numpy_dtypes[name]
 
-    patch = interpreter._patch_lang
-
     @functools.cache
     def languages(function: Any) -> list[Any]:
         names = function.__globals__.values()
         return [module for module in (tl, tl.core) if any(value is module for value in names)]
 
-    def patch_once(function: Any) -> Any:
+    def patch_once(function: Any, *rest: Any) -> Any:
         """Every device function would patch triton.language for itself, though who calls it has done so already."""
         used = languages(function)
         if used and not any(tl.core.is_builtin(member) for m in used for member in (m.load, m.tensor.__add__)):
             return interpreter._LangPatchScope()
-        return patch(function)
+        return patch(function, *rest)
 
     interpreter._get_np_dtype, interpreter._patch_lang = numpy_dtype, patch_once
 

@@ -3,13 +3,14 @@
 The only module that imports jax_triton, and it does so when the first kernel is launched.
 """
 
+import contextlib
 import functools
 import importlib
 import importlib.metadata
 import importlib.util
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -40,6 +41,11 @@ def available() -> bool:
         warnings.warn(f'platform="auto" leaves out "triton": {error.__cause__ or error}', RuntimeWarning, stacklevel=2)
         return False
     return True
+
+
+def interpreter_asked_for() -> bool:
+    """What TRITON_INTERPRET says, in the words that Triton takes; costs no import of Triton."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on")
 
 
 @functools.cache
@@ -136,9 +142,7 @@ def launch(
     # The buffers of all results follow those of the operands: what is updated comes last, behind the last parameter.
     results_in_order = [*(parameter for parameter in kernel.arg_names if parameter in written), *changed]
     operands_in_order = [parameter for parameter in kernel.arg_names if parameter in arrays]
-    with warnings.catch_warnings():
-        # Refs, which jax-triton recommends instead of aliases, cannot be inside of custom_jvp and custom_vmap.
-        warnings.filterwarnings("ignore", "input_output_aliases is deprecated", DeprecationWarning)
+    with _aliases_without_warning() if changed else contextlib.nullcontext():
         results = _jax_triton().triton_call(
             kernel=kernel,
             name=operation,
@@ -161,6 +165,14 @@ def launch(
     return _varying(arrays, dict(zip(results_in_order, results, strict=True)))
 
 
+@contextlib.contextmanager
+def _aliases_without_warning() -> Iterator[None]:
+    # Refs, which jax-triton recommends instead of aliases, cannot be inside of custom_jvp and custom_vmap.
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "input_output_aliases is deprecated", DeprecationWarning)
+        yield
+
+
 def backend_options(max_registers: int | None) -> dict[str, Any]:
     """Options of Triton's compiler."""
     return {"enable_fp_fusion": True, **({"maxnreg": max_registers} if max_registers else {})}
@@ -169,8 +181,7 @@ def backend_options(max_registers: int | None) -> dict[str, Any]:
 def _varying(operands: Mapping[str, jax.Array], results: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """Results marked as varying over the axes of `shard_map` that any operand varies over; calls leave that out."""
     types = [jax.typeof(array) for array in operands.values()]
-    # Named `vma` before jax 0.11.2.
-    axes = frozenset().union(*(t.vma if hasattr(t, "vma") else t.manual_axis_type.varying for t in types))
+    axes = frozenset().union(*(t.manual_axis_type.varying for t in types))
     if not axes:
         return results
     return {name: jax.lax.pcast(array, tuple(sorted(axes)), to="varying") for name, array in results.items()}
@@ -261,7 +272,7 @@ class _CheckedLibrary:
         if shared > limit:
             raise ValueError(
                 f"{name}: needs {shared} bytes of shared memory, expected at most {limit} on this device; "
-                "use a configuration with a smaller block_n or num_stages"
+                "use smaller tiles or fewer stages in cfg"
             )
         del ttir  # only for dumps
         return self._library.TritonKernel(name, num_warps, num_ctas, shared, _without_debug_sections(ptx), "", *rest)

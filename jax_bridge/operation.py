@@ -3,7 +3,6 @@
 import abc
 import dataclasses
 import functools
-import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -12,7 +11,7 @@ import jax.extend
 import jax.numpy as jnp
 from jax.interpreters import batching, mlir
 
-from jax_bridge import tuned_configs
+from jax_bridge import launch, tuned_configs
 from jax_bridge.configs import PLATFORMS, Config, completed
 from jax_bridge.device import Device, current_device
 from jax_bridge.tuned_configs import Choice
@@ -321,7 +320,7 @@ _heuristic_choices: dict[Any, Choice] = {}  # heuristics are pure, and eager cal
 
 def is_usable(row: Implementation) -> bool:
     """Whether `"auto"` may take a kernel: what it needs is installed, and it is compiled, not interpreted."""
-    if row.platform == "triton" and (os.environ.get("TRITON_INTERPRET") == "1" or current_device().vendor != "nvidia"):
+    if row.platform == "triton" and (launch.interpreter_asked_for() or current_device().vendor != "nvidia"):
         return False
     return row.is_available()
 

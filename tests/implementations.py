@@ -19,7 +19,7 @@ import pytest
 
 import jax_bridge
 from jax_bridge.device import Device
-from tests import quick_interpreter, tpu_interpreter
+from tests import tpu_interpreter
 from tests.cases import OPERATIONS
 from tests.dense_form import Result
 from tests.inputs import POSITIONAL, Call
@@ -187,7 +187,3 @@ CACHE_PLATFORMS: tuple[str, ...] = ("xla", "triton") if importlib.util.find_spec
 def implementations_of(*operations: str) -> tuple[Implementation, ...]:
     """The rows that run here, of some operations or of all."""
     return tuple(row for row in IMPLEMENTATIONS if row.runs_here() and (not operations or row.operation in operations))
-
-
-if any(row.interpreted for row in implementations_of()):
-    quick_interpreter.install()

@@ -376,7 +376,7 @@ def test_launches_that_need_too_much_shared_memory_say_so() -> None:
     arrays, keywords = Variant("too large", LLAMA).arguments()
     cfg = jax_bridge.PageAttentionConfig(block_n=256, num_stages=6, platform="triton")
     call = functools.partial(jax_bridge.page_attention, **keywords, cfg=cfg)
-    with pytest.raises(ValueError, match=r"needs \d+ bytes of shared memory, expected at most \d+.*smaller block_n"):
+    with pytest.raises(ValueError, match=r"needs \d+ bytes of shared memory, expected at most \d+.*smaller tiles"):
         jax.jit(call).trace(*arrays).lower(lowering_platforms=("cuda",))
 
 

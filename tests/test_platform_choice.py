@@ -62,8 +62,9 @@ def test_auto_follows_the_platform_that_is_lowered_for(monkeypatch: pytest.Monke
     assert "dot_general" in lowered_for("cuda", operation, cfg=jax_bridge.PageAttentionConfig(backend="cpu"))
     assert "dot_general" not in lowered_for("cpu", operation, cfg=jax_bridge.PageAttentionConfig(backend="gpu"))
     assert "dot_general" in lowered_for("cuda", with_kernel(is_available=lambda: False))
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert "dot_general" in lowered_for("cuda", operation)
+    for asked in ("1", "true", "on"):
+        monkeypatch.setenv("TRITON_INTERPRET", asked)
+        assert "dot_general" in lowered_for("cuda", operation)
 
 
 def test_explicit_platform_that_lacks_a_feature_is_refused() -> None:
