@@ -161,7 +161,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 program = case.program(platform, sets)
                 row_error_found = case.error(sets[0], program.run(0)[0])
             except Exception as error:  # the other platforms still run
-                print(f"| {case.name} | {platform} | {type(error).__name__}: {' '.join(str(error).split())[:90]} |")
+                failure = f"{type(error).__name__}: {' '.join(str(error).split())[:90]}"
+                print(f"| {case.name} | {platform} | {failure} | | |")
+                rows.append({"case": case.name, "platform": platform, "failure": failure})
                 continue
             if not row_error_found <= ROW_TOLERANCE:
                 words = f"row error {row_error_found:.2e}, allowed {ROW_TOLERANCE}"
@@ -177,7 +179,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.json:
         content = {"facts": facts, "matrix_flops_per_second": rate, "model": options.model, "cases": rows}
         options.json.write_text(json.dumps(content, indent=1) + "\n")
-    return 0
+    timed = {row["case"] for row in rows if "timing" in row}
+    return 0 if timed == {case.name for case in cases} else 1
 
 
 if __name__ == "__main__":

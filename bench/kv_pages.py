@@ -169,14 +169,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         *(WriteCase(options.tokens, kv_layout) for kv_layout in ("PTHD", "PHTD", "HPTD")),
         *(WriteCase(options.tokens, cache_dtype=dtype) for dtype in ("float8_e4m3fn", "float8_e5m2", "int8")),
         WriteCase(options.tokens, head_dim=80),
-        *(WriteCase(options.tokens // share) for share in (8, 32, 128)),
+        *(WriteCase(max(1, options.tokens // share)) for share in (8, 32, 128)),
     ]
     rotation_bytes = options.rotation_mb * 1e6
     sampling = sampling_of(options)
     for case in cases:
         enqueue, calls = checked_writes(case, options.platform, rotation_bytes)
         report(case.name, measure(enqueue, calls=calls, **sampling), case.call_bytes)
-    for num_tokens, head_dim in ((options.tokens, 128), (options.tokens, 80), (options.tokens // 128 or 1, 128)):
+    for num_tokens, head_dim in ((options.tokens, 128), (options.tokens, 80), (max(1, options.tokens // 128), 128)):
         program = checked_merges(num_tokens, head_dim, options.platform, rotation_bytes)
         timing = measure_program(program, **sampling)
         report(f"merge {num_tokens} tokens, D {head_dim}", timing, merged_bytes(num_tokens, head_dim))

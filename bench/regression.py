@@ -92,8 +92,13 @@ def yardstick_of(found: Ratios, stored: Ratios) -> str | None:
     return next((name for name in (PEER, YARDSTICK, bound) if name in shared), next(iter(sorted(shared))))
 
 
-def compare(found: Mapping[str, Ratios], stored: Mapping[str, Ratios]) -> tuple[list[str], list[str]]:
-    """Lines for all cases that both have, and those for the ones that got worse or that only the baseline has."""
+def compare(
+    found: Mapping[str, Ratios], stored: Mapping[str, Ratios], *, whole: bool = False
+) -> tuple[list[str], list[str]]:
+    """Lines for all cases that both have, and those for the ones that got worse or that only the baseline has.
+
+    Unless everything was measured (`whole`), cases of an operation that was not asked for are not missed.
+    """
     lines, worse = [], []
     for name, ratios in found.items():
         yardstick = yardstick_of(ratios, stored.get(name, {}))
@@ -105,7 +110,8 @@ def compare(found: Mapping[str, Ratios], stored: Mapping[str, Ratios]) -> tuple[
         lines.append(line)
         if not now >= before * (1 - TOLERANCES[yardstick]):
             worse.append(line)
-    worse += [f"{name}: not measured" for name in stored if name not in found and _operation(name) in _measured(found)]
+    missing = (name for name in stored if name not in found)
+    worse += [f"{name}: not measured" for name in missing if whole or _operation(name) in _measured(found)]
     return lines, worse
 
 
@@ -198,7 +204,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if len(devices) != 1:
         parser.error(f"the results are of {sorted(devices)}, expected one kind of device")
     device, ratios = devices.pop(), best_of(ratios for _, ratios in read)
-    lines, worse = compare(ratios, read_baseline(device))
+    lines, worse = compare(ratios, read_baseline(device), whole=options.run)
     print(*lines, sep="\n")
     if options.write:
         print(f"stored in {write_baseline(device, ratios, [file.name for file in files])}")

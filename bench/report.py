@@ -178,6 +178,9 @@ def _dense(path: Path, content: Mapping[str, Any], pictures: Path) -> Section:
     del path, pictures
     rows = [["case", "platform", "us", "TFLOP/s", "of matrix product"]]
     for row in content["cases"]:
+        if "failure" in row:
+            rows.append([row["case"], row["platform"], row["failure"], "", ""])
+            continue
         rate = row["flops"] / row["timing"]["median"]
         share = rate / content["matrix_flops_per_second"]
         rows.append([row["case"], row["platform"], _us(row["timing"]["median"]), f"{rate / 1e12:.0f}", f"{share:.0%}"])

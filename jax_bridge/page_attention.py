@@ -241,7 +241,7 @@ def page_attention(
         megacore_mode: for the TPU port only; `"kv_head"` or `"batch"`.
         inline_seq_dim: for the TPU port only; False is refused elsewhere.
         sliding_window: an int `W`: the last `W` tokens, the newest included; a pair `(l, r)`: it and `l` before.
-        platform: `"triton"`, `"pallas"`, `"xla"`, `"cuda"`, or `"auto"` (None): the best that supports the call.
+        platform: `"triton"`, `"pallas"`, `"xla"`, or `"auto"` (None): the best that supports the call.
         cfg: launch configuration; open fields are chosen.
         attention_sink: `[Hq]`, a logit a head that joins the softmax without a value.
         alibi_slopes: `[Hq]`, added to the scores as `slope * (key position - query position)`.

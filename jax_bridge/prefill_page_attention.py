@@ -263,7 +263,7 @@ def prefill_page_attention(
         mask_value: accepted for compatibility; masked keys have weight 0 whatever it is.
         attn_logits_soft_cap: `c` in `c * tanh(scores / c)`; None or 0 is off.
         sliding_window: an int `W`: the last `W` tokens, the row's own included; a pair `(l, r)`: it and `l` before.
-        platform: `"triton"`, `"pallas"`, `"xla"`, `"cuda"`, or `"auto"` (None): the best that supports the call.
+        platform: `"triton"`, `"pallas"`, `"xla"`, or `"auto"` (None): the best that supports the call.
         cfg: launch configuration; open fields are chosen.
         mesh: runs under `jax.shard_map` over this mesh; `in_specs` and `out_specs` are needed then.
         in_specs: a `PartitionSpec` for every array argument in order; only heads may be sharded.

@@ -267,7 +267,7 @@ def ragged_decode_attention(
         softmax_scale: factor on the scores, `1 / sqrt(D)` by default; a static number.
         sliding_window: a pair `(l, r)`: the token and `l` before it; an int `W` is `(W - 1, 0)`.
         logits_soft_cap: `c` in `c * tanh(scores / c)`; None or 0 is off.
-        platform: `"triton"`, `"pallas"`, `"xla"`, `"cuda"`, or `"auto"` (None): the best that supports the call.
+        platform: `"triton"`, `"pallas"`, `"xla"`, or `"auto"` (None): the best that supports the call.
         cfg: launch configuration; open fields are chosen.
         mesh: runs under `jax.shard_map` over this mesh; `in_specs` and `out_specs` are needed then.
         in_specs: a `PartitionSpec` for every array argument in order; only batch and heads may be sharded.

@@ -227,7 +227,7 @@ def unified_attention(
         alibi_slopes: `[Hq]`, added to the scores as `slope * (key position - query position)`.
         qq_bias: `[Q, Q]`, added to the scores between the new tokens of a sequence, by their places among them.
         attention_sink: `[Hq]`, a logit a head that joins the softmax without a value.
-        platform: `"triton"`, `"pallas"`, `"xla"`, `"cuda"`, or `"auto"` (None): the best that supports the call.
+        platform: `"triton"`, `"pallas"`, `"xla"`, or `"auto"` (None): the best that supports the call.
         cfg: launch configuration; open fields are chosen.
         k_scale: factor on stored keys: a number, or an array `[1]` or `[Hkv]`.
         v_scale: factor on stored values, likewise.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -9,6 +10,12 @@ import pytest
 from bench import kv_pages
 
 ROTATION_BYTES = 1e4
+
+
+def test_the_command_of_its_documentation_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    (command,) = re.findall(r"python -m bench.kv_pages (--.+)", str(kv_pages.__doc__))
+    assert kv_pages.main(command.split()) == 0
+    assert "| write 1 tokens" in capsys.readouterr().out
 
 
 def test_wrong_writes_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -63,6 +63,8 @@ def test_cases_that_were_not_measured_are_named() -> None:
     lines, worse = compare({"a[1]": {"copy": 0.6}, "a[3]": {"copy": 0.1}}, stored)
     assert worse == ["a[2]: not measured"]  # nothing of b was asked for
     assert lines[1] == "a[3]: not in the baseline"
+    _, worse = compare({"a[1]": {"copy": 0.6}}, stored, whole=True)
+    assert worse == ["a[2]: not measured", "b[1]: not measured"]
 
 
 def test_a_baseline_is_written_over_the_same_cases(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -84,6 +84,13 @@ def test_constraints_pin_every_requirement() -> None:
     assert names - {project["name"]} <= pinned
 
 
+def test_make_runs_every_test_that_compiles() -> None:
+    """They are collected by name, since collecting the others without the interpreter takes long."""
+    marked = {path.name for path in (ROOT / "tests").glob("test_*.py") if "pytest.mark.compile" in path.read_text()}
+    (command,) = re.findall(r"-m compile((?: \\\n| [\w/.]+|\s)+)", (ROOT / "Makefile").read_text())
+    assert {Path(name).name for name in command.split() if name.endswith(".py")} == marked - {Path(__file__).name}
+
+
 def test_set_up_says_when_there_is_no_suitable_python(tmp_path: Path) -> None:
     command = ["make", "PYTHON=/no/such/python", f"VENV={tmp_path}/venv", "set-up"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
