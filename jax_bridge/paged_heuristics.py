@@ -377,9 +377,9 @@ def prefill_page_attention_candidates(
 
 
 def unified_attention_candidates(
-    sizes: PagedSizes, cache_dtype: Any, heuristic: Any, device: Device
+    sizes: PagedSizes, query_dtype: Any, cache_dtype: Any, heuristic: Any, device: Device
 ) -> tuple[UnifiedAttentionConfig, ...]:
-    """Configurations worth timing, as for page attention."""
+    """Configurations worth timing, as for page attention: one of those that launch the same for this call."""
     variations = (
         *_prefill_variations(heuristic),
         {"decode_num_stages": heuristic.decode_num_stages + 1},
@@ -393,7 +393,10 @@ def unified_attention_candidates(
         decode = _pipeline_bytes(sizes, cache_dtype, cfg.decode_block_n, cfg.decode_num_stages - 1)
         return max(decode, _tile_bytes(sizes, cache_dtype, cfg))
 
-    return _fitting(candidates, shared_bytes, device)
+    by_launches: dict[Launches, UnifiedAttentionConfig] = {}
+    for cfg in _fitting(candidates, shared_bytes, device):
+        by_launches.setdefault(unified_attention_launches(cfg, sizes, query_dtype, device), cfg)
+    return tuple(by_launches.values())
 
 
 def _prefill_variations(heuristic: Any) -> tuple[dict[str, Any], ...]:

@@ -94,9 +94,9 @@ def _triton_heuristics(invocation: Invocation, device: Device) -> UnifiedAttenti
 
 
 def _triton_candidates(invocation: Invocation, device: Device) -> tuple[UnifiedAttentionConfig, ...]:
-    heuristic = _triton_heuristics(invocation, device)
+    arrays, heuristic = invocation.arrays, _triton_heuristics(invocation, device)
     return paged_heuristics.unified_attention_candidates(
-        invocation.sizes, invocation.arrays["key_cache"].dtype, heuristic, device
+        invocation.sizes, arrays["queries"].dtype, arrays["key_cache"].dtype, heuristic, device
     )
 
 

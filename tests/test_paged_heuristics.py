@@ -138,9 +138,20 @@ def test_tiles_fit_shared_memory_everywhere(device: str, cache_dtype: str) -> No
 def test_candidates_are_distinct_complete_and_begin_with_the_heuristic(operation: str) -> None:
     call = sizes(4, 100) if operation == "unified_attention" else sizes(1, 100)
     heuristic = getattr(heuristics, f"{operation}_config")(call, "bfloat16", "bfloat16", H100)
-    candidates = getattr(heuristics, f"{operation}_candidates")(call, "bfloat16", heuristic, H100)
+    dtypes = ["bfloat16"] * (2 if operation == "unified_attention" else 1)
+    candidates = getattr(heuristics, f"{operation}_candidates")(call, *dtypes, heuristic, H100)
     assert candidates[0] == heuristic
     assert len(set(candidates)) == len(candidates) > 3
+
+
+@pytest.mark.parametrize(("num_seqs", "num_tokens"), [(8, 8), (1, 2000), (8, 500)])
+def test_no_two_candidates_of_unified_attention_launch_the_same(num_seqs: int, num_tokens: int) -> None:
+    """Such as prefill tiles of another shape where everything is decoding."""
+    call = sizes(num_seqs, num_tokens)
+    heuristic = heuristics.unified_attention_config(call, "bfloat16", "bfloat16", H100)
+    candidates = heuristics.unified_attention_candidates(call, "bfloat16", "bfloat16", heuristic, H100)
+    launches = {heuristics.unified_attention_launches(cfg, call, "bfloat16", H100) for cfg in candidates}
+    assert len(launches) == len(candidates) > 3
 
 
 @pytest.mark.parametrize(
