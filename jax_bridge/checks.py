@@ -8,7 +8,7 @@ import numpy as np
 
 from jax_bridge.operation import INDEX_ARGUMENTS, Invocation
 from jax_bridge.registry import find_operation
-from jax_bridge.validation import describe, listed_array_errors
+from jax_bridge.validation import describe, listed_errors
 
 Values = Mapping[str, np.ndarray]
 
@@ -29,7 +29,7 @@ def check_values(op: Any, *args: Any, **kwargs: Any) -> None:
     operation = find_operation(op)
     elsewhere = ("platform", "cfg", "mesh", "in_specs", "out_specs")
     options = {name: value for name, value in kwargs.items() if name not in elsewhere}
-    with listed_array_errors() as refused:
+    with listed_errors() as refused:
         try:
             invocation = operation.invocation(*args, **options)
         except Exception as error:
@@ -50,7 +50,8 @@ def check_values(op: Any, *args: Any, **kwargs: Any) -> None:
 
 
 def _summary(operation: str, problems: Sequence[str]) -> ValueError:
-    return ValueError("\n".join([f"{operation}: {len(problems)} problems", *(f"- {p}" for p in problems)]))
+    count = f"{len(problems)} {'problem' if len(problems) == 1 else 'problems'}"
+    return ValueError("\n".join([f"{operation}: {count}", *(f"- {p}" for p in problems)]))
 
 
 _READ = INDEX_ARGUMENTS | {"k_scale", "v_scale"}

@@ -131,8 +131,8 @@ _listed: ContextVar[list[Exception] | None] = ContextVar("listed", default=None)
 
 
 @contextmanager
-def listed_array_errors() -> Iterator[list[Exception]]:
-    """Arrays that do not fit put their errors into a list instead of raising the first; what uses them may fail."""
+def listed_errors() -> Iterator[list[Exception]]:
+    """Arguments that do not fit put their errors into a list instead of raising the first; what uses them may fail."""
     errors: list[Exception] = []
     token = _listed.set(errors)
     try:
@@ -141,18 +141,35 @@ def listed_array_errors() -> Iterator[list[Exception]]:
         _listed.reset(token)
 
 
-def _listing(check: Callable[..., Any], errors: list[Exception]) -> Callable[..., Any]:
-    def checked(argument: str, value: Any, *args: Any, **kwargs: Any) -> Any:
+def _listing(check: Callable[..., Any], operation: str, errors: list[Exception]) -> Callable[..., Any]:
+    def checked(*args: Any, **kwargs: Any) -> Any:
         try:
-            return check(argument, value, *args, **kwargs)
-        except (TypeError, ValueError) as error:
-            errors.append(error)
-            return value
+            return check(*args, **kwargs)
+        except Exception as error:
+            if str(error).startswith(f"{operation}: "):
+                errors.append(error)
+            elif not errors:  # else it comes of going on without what was refused
+                raise
+            return args[1] if len(args) > 1 else None
 
     return checked
 
 
-_ARRAY_CHECKS = ("array", "length", "values", "same_dtype", "kv_scale", "sinks")
+_LISTED_CHECKS = (
+    *("array", "length", "caches", "values", "same_dtype", "query_matches_cache", "kv_scale", "sinks"),
+    *(
+        "layout",
+        "not_empty",
+        "heads",
+        "scale",
+        "soft_cap",
+        "window",
+        "flag",
+        "optional_integer",
+        "mask_value",
+        "choice",
+    ),
+)
 
 
 class Arguments:
@@ -165,8 +182,8 @@ class Arguments:
         self._axes: dict[str, Axes] = {}
         errors = _listed.get()
         if errors is not None:
-            for name in _ARRAY_CHECKS:
-                setattr(self, name, _listing(getattr(self, name), errors))
+            for name in _LISTED_CHECKS:
+                setattr(self, name, _listing(getattr(self, name), operation, errors))
 
     def type_error(self, argument: str, got: str, expected: str) -> TypeError:
         """A `TypeError` in the common wording."""
@@ -184,9 +201,13 @@ class Arguments:
         if shape is None or dtype is None:
             raise self.type_error(argument, f"is {describe(value)}", f"an array {brackets(axes)}")
         if not rule.accepts(dtype):
+            if len(shape) == len(axes):  # where errors are listed, the other arrays are still held to its sizes
+                self.sizes = dict(zip(axes, shape, strict=True)) | self.sizes
+                self._sources = dict.fromkeys(axes, argument) | self._sources
             raise self.type_error(argument, f"has dtype {dtype}", rule.expected)
         if len(shape) != len(axes):
-            raise self.value_error(argument, f"has shape {tuple(shape)}", f"{len(axes)} axes {brackets(axes)}")
+            count = f"{len(axes)} {'axis' if len(axes) == 1 else 'axes'}"
+            raise self.value_error(argument, f"has shape {tuple(shape)}", f"{count} {brackets(axes)}")
         self._axes[argument] = axes
         for axis, size in zip(axes, shape, strict=True):
             known = self.sizes.setdefault(axis, size)

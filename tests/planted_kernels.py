@@ -113,7 +113,11 @@ KERNEL_BUGS: dict[str, KernelBug] = {
         "online_softmax", "return weights, rescale, new_max,", "return weights, rescale, pivot,", "far_below_zero"
     ),
     "sinks_twice": _page("online_softmax", "tl.exp2(sinks - pivot), rescale", "2.0 * tl.exp2(sinks - pivot), rescale"),
-    "sinks_in_base_e": _page("online_softmax", ".to(tl.float32) * LOG2_E", ".to(tl.float32)"),
+    "sinks_in_base_e": _page(
+        "online_softmax",
+        "in_base_2(tl.load(sink_ptr + heads, mask=mask, other=0.0).to(tl.float32))",
+        "tl.load(sink_ptr + heads, mask=mask, other=0.0).to(tl.float32)",
+    ),
     "lse_in_base_2": _page("online_softmax", "base2_lse(row_max, row_sum) * LN_2", "base2_lse(row_max, row_sum)"),
     "divided_twice": _page("online_softmax", "return acc / tl.where", "return acc / row_sum[:, None] / tl.where"),
     # Which keys.

@@ -5,7 +5,7 @@ import triton.language as tl
 
 from triton_kernels.online_softmax import online_softmax
 from triton_kernels.pages import key_offsets, load_page_ids, load_tile
-from triton_kernels.scores import LOG2_E, alibi, hide, qq_bias, soft_cap
+from triton_kernels.scores import LOG2_E, alibi, hide, in_base_2, qq_bias, soft_cap
 from triton_kernels.segments import hide_other_segments
 
 
@@ -81,7 +81,7 @@ def attend(
             if slopes is not None:
                 scores += alibi(slopes, keys, row_positions) * LOG2_E
             if qq_bias_ptr is not None:
-                scores += qq_bias(qq_bias_ptr, keys - context, row_positions - context, SCORING.qq_size) * LOG2_E
+                scores += in_base_2(qq_bias(qq_bias_ptr, keys - context, row_positions - context, SCORING.qq_size))
         if TILE.skip_masks:
             if (start < whole_begin) | (start + TILE.block_n > whole_end):
                 scores = hide(scores, keys, row_begin, row_end)

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from triton_kernels.scores import LN_2, LOG2_E
+from triton_kernels.scores import LN_2, in_base_2
 
 
 @triton.jit
@@ -65,7 +65,7 @@ def store_rows(
 ):
     """Finish rows that have seen all their keys: sinks once, normalise, scale, write the output and the natural LSE."""
     if sink_ptr is not None:
-        sinks = tl.load(sink_ptr + heads, mask=mask, other=0.0).to(tl.float32) * LOG2_E
+        sinks = in_base_2(tl.load(sink_ptr + heads, mask=mask, other=0.0).to(tl.float32))
         row_max, row_sum, rescale = add_sinks(row_max, row_sum, sinks)
         acc = acc * rescale[:, None]
     out = divide_by_sum(acc, row_sum)

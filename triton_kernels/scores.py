@@ -5,8 +5,7 @@ import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
-
-
+LARGEST = tl.constexpr(3.4e38)  # little less than float32 holds: a score may still be added
 LARGEST_FAST_CAP = tl.constexpr(1024.0)
 
 
@@ -38,6 +37,13 @@ def soft_cap(products, scale, CAP: tl.constexpr, IS_EXACT: tl.constexpr):
         root = tl.rsqrt(tl.exp2(products * (scale * (2.0 * LOG2_E / CAP))) + 1.0)
         result = limit - (2.0 * limit) * (root * root)
     return result
+
+
+@triton.jit
+def in_base_2(logits):
+    """Natural logits that a caller gives, in base 2; finite ones stay finite, cut to what float32 holds if need be."""
+    scaled = logits * LOG2_E
+    return tl.where(tl.abs(logits) == float("inf"), scaled, tl.minimum(tl.maximum(scaled, -LARGEST), LARGEST))
 
 
 @triton.jit
