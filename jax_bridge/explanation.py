@@ -91,7 +91,7 @@ def _passed_over(operation: Operation, invocation: Invocation, chosen: str, back
             continue
         if row is None:
             reason = "it does not have the operation"
-        elif (lack := row.lacks(invocation)) is not None:
+        elif (lack := row.missing(invocation)) is not None:
             reason = f"it does not support {lack}"
         elif platform == "xla":
             reason = "it comes last, for calls that no kernel serves"

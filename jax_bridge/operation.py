@@ -83,6 +83,18 @@ class Implementation:
     candidate_cfgs: Callable[[Invocation, Device], tuple[Config, ...]] = _no_candidates
     is_available: Callable[[], bool] = _always
 
+    def missing(self, invocation: Invocation) -> str | None:
+        """Words for the first thing about the call that is not supported, or None."""
+        if self.platform != "xla" and _is_symbolic(invocation):
+            return "symbolic sizes: kernels are made for the sizes of their arrays"
+        return self.lacks(invocation)
+
+
+def _is_symbolic(invocation: Invocation) -> bool:
+    """Whether a size is one of `jax.export.symbolic_shape`."""
+    shapes = (array.shape for array in invocation.arrays.values() if array is not None)
+    return any(not isinstance(size, int) for shape in shapes for size in shape)
+
 
 @dataclasses.dataclass(frozen=True)
 class Branch:
@@ -218,7 +230,7 @@ class Operation(abc.ABC):
     def configurable(self, invocation: Invocation) -> Implementation | None:
         """The kernel for a GPU or else a TPU that supports a call, if there is one."""
         usable = (self.implementation(platform) for platform in _LOWERING_NAMES)
-        return next((row for row in usable if row is not None and row.lacks(invocation) is None), None)
+        return next((row for row in usable if row is not None and row.missing(invocation) is None), None)
 
     def implementation(self, platform: str) -> Implementation | None:
         """The implementation for a platform, if there is one."""
@@ -288,13 +300,13 @@ class Operation(abc.ABC):
 
     def _supported(self, invocation: Invocation, platform: str) -> Implementation:
         row = self.implementation(platform)
-        lack = "this operation" if row is None else row.lacks(invocation)
+        lack = "this operation" if row is None else row.missing(invocation)
         if row is None or lack is not None:
             raise self._unsupported(invocation, platform, str(lack))
         return row
 
     def _unsupported(self, invocation: Invocation, platform: str, lack: str) -> NotImplementedError:
-        others = (row.platform for row in reversed(self.implementations) if row.lacks(invocation) is None)
+        others = (row.platform for row in reversed(self.implementations) if row.missing(invocation) is None)
         remedy = next((f'use platform="{other}"' for other in others), "use the call without it")
         return NotImplementedError(f"{self.name}[{platform}] does not support {lack}; {remedy}")
 
@@ -302,13 +314,13 @@ class Operation(abc.ABC):
         """Kernels for the hardware they exist for, `xla` everywhere else."""
         native = _PLATFORM_OF_BACKEND.get(jax.default_backend() if backend == "any" else backend)
         xla = self.implementation("xla")
-        if xla is not None and xla.lacks(invocation) is not None:
+        if xla is not None and xla.missing(invocation) is not None:
             xla = None
         is_eager = not any(isinstance(array, jax.core.Tracer) for array in invocation.arrays.values())
         if xla is not None and native is None and backend == "any" and is_eager:
             return (xla,)  # it runs here, where no kernel does: spare it the import and the tracing of one
         kernels = [row for row in self.implementations if row.platform in _LOWERING_NAMES]
-        kernels = [row for row in kernels if row.lacks(invocation) is None and is_usable(row)]
+        kernels = [row for row in kernels if row.missing(invocation) is None and is_usable(row)]
         if xla is None or backend != "any":
             here = tuple(row for row in kernels if row.platform == native)
             return here or (self._supported(invocation, "xla"),)

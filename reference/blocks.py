@@ -5,7 +5,7 @@ grows with the rows and their contexts, and the memory only with the few blocks 
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -71,8 +71,13 @@ def single_row_blocks(positions: Array) -> QueryBlocks:
     return QueryBlocks(rows, rows, jnp.ones_like(rows), positions, positions)
 
 
-def block_size(num_rows: int, num_seqs: int) -> int:
-    """Rows a block: a power of two, about the mean length of a sequence, from 1 (where no sequence needs two) to 64."""
+def block_size(num_rows: Any, num_seqs: Any) -> int:
+    """Rows a block: a power of two, about the mean length of a sequence, from 1 (where no sequence needs two) to 64.
+
+    Where sizes are symbolic (`jax.export.symbolic_shape`), 16: enough for prompts, not too many for single tokens.
+    """
+    if not (isinstance(num_rows, int) and isinstance(num_seqs, int)):
+        return 16
     mean_rows = ceil_div(max(num_rows, 1), max(num_seqs, 1))
     return min(64, 1 << (mean_rows - 1).bit_length())
 

@@ -211,6 +211,37 @@ def test_export_round_trip(operation: str) -> None:
     assert_close(again.call(every_array(operation, 1)), run(operation, every_array(operation, 1), platform="xla"))
 
 
+SYMBOLIC = {
+    "page_attention": {"query": "S, 4, 16", "context_lens": "S", "block_tables": "S, 3"},
+    "prefill_page_attention": {"query": "C, 4, 16"},
+    "unified_attention": {"queries": "T, 4, 16"},
+    "ragged_decode_attention": {
+        "query": "B, 4, 16",
+        **dict.fromkeys(("key", "value"), "B, 8, 2, 16"),
+        **dict.fromkeys(("sequence_start", "sequence_end"), "B"),
+    },
+    "attention": {"query": "B, Q, 4, 16", "key": "B, 8, 2, 16", "value": "B, 8, 2, 16"},
+    "write_kv_pages": {**dict.fromkeys(("key", "value"), "T, 2, 16"), "slot_mapping": "T"},
+    "merge_attention_states": {
+        **dict.fromkeys(("out_a", "out_b"), "T, 4, 16"),
+        **dict.fromkeys(("lse_a", "lse_b"), "T, 4"),
+    },
+}
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_sizes_may_be_symbolic_without_a_kernel(operation: str) -> None:
+    """One exported program serves any number of tokens or sequences; kernels refuse that, and `"auto"` takes `xla`."""
+    named, scope = arguments(operation), jax.export.SymbolicScope()
+    shapes = {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in named.items()}
+    for name, shape in SYMBOLIC[operation].items():
+        shapes[name] = jax.ShapeDtypeStruct(jax.export.symbolic_shape(shape, scope=scope), named[name].dtype)
+    exported = jax.export.export(jax.jit(lambda named: run(operation, named)))(shapes)
+    assert_close(exported.call(named), run(operation, named, platform="xla"))
+    with pytest.raises(NotImplementedError, match=rf'{operation}\[triton\] .* symbolic sizes.*; use platform="xla"'):
+        jax.export.export(jax.jit(lambda named: run(operation, named, platform="triton")))(shapes)
+
+
 @pytest.mark.parametrize("operation", OPERATIONS)
 @pytest.mark.parametrize("dtype", [np.int8, np.uint32, np.int64, np.uint64])
 def test_index_dtypes(operation: str, dtype: Any) -> None:
