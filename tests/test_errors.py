@@ -52,7 +52,13 @@ def wrong(operation: str, argument: str, value: Any, error: type[Exception], *fr
 
 
 RANKS = [
-    wrong(operation, name, array[None] if array.ndim < 4 or name != "query" else array[0, 0], ValueError, "axes")
+    wrong(
+        operation,
+        name,
+        array[None] if array.ndim < 4 or name != "query" else array[0, 0],
+        ValueError,
+        f", expected {array.ndim} ax",
+    )
     for operation in OPERATIONS
     for name, array in arguments(operation).items()
     if (operation, name) not in {("ragged_decode_attention", "query"), ("prefill_page_attention", "context_len")}
