@@ -156,19 +156,24 @@ def _listing(check: Callable[..., Any], operation: str, errors: list[Exception])
 
 
 _LISTED_CHECKS = (
-    *("array", "length", "caches", "values", "same_dtype", "query_matches_cache", "kv_scale", "sinks"),
-    *(
-        "layout",
-        "not_empty",
-        "heads",
-        "scale",
-        "soft_cap",
-        "window",
-        "flag",
-        "optional_integer",
-        "mask_value",
-        "choice",
-    ),
+    "array",
+    "length",
+    "caches",
+    "values",
+    "same_dtype",
+    "query_matches_cache",
+    "not_empty",
+    "heads",
+    "kv_scale",
+    "sinks",
+    "layout",
+    "scale",
+    "soft_cap",
+    "window",
+    "flag",
+    "optional_integer",
+    "mask_value",
+    "choice",
 )
 
 

@@ -5,7 +5,7 @@ import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
-LARGEST = tl.constexpr(3.4e38)  # little less than float32 holds: a score may still be added
+LARGEST = tl.constexpr(3.4e38)  # a little less than float32 holds: a score may still be added
 LARGEST_FAST_CAP = tl.constexpr(1024.0)
 
 
