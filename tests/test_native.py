@@ -74,10 +74,12 @@ def test_a_decoding_step_is_captured_and_replayed() -> None:
 
 
 @pytest.mark.parametrize("num_tokens", [64, 128])
-def test_layers_of_a_serving_step_follow_each_other(num_tokens: int) -> None:
+@pytest.mark.parametrize("is_unrolled", [False, True])
+def test_layers_of_a_serving_step_follow_each_other(num_tokens: int, is_unrolled: bool) -> None:
     """Cache writes and attention of many layers in a scan, with sequences and rows that are padding, in bfloat16.
 
-    The answer of every layer is compared with that of `xla` on the queries and caches of that layer.
+    The answer of every layer is compared with that of `xla` on the queries and caches of that layer. Unrolled, the
+    answers are joined at the end; in a loop XLA copies each to its place in a command buffer that changes by the turn.
     """
     layers, pages, num_seqs, width = 6, 256, 64, 20
     rng = np.random.default_rng(num_tokens)
@@ -115,7 +117,8 @@ def test_layers_of_a_serving_step_follow_each_other(num_tokens: int) -> None:
         return run_layer
 
     def step(caches: Any, platform: str) -> Any:
-        return jax.lax.scan(layer_of(platform), caches, (queries, new, jnp.arange(layers)))
+        inputs = (queries, new, jnp.arange(layers))
+        return jax.lax.scan(layer_of(platform), caches, inputs, unroll=layers if is_unrolled else 1)
 
     donating = jax.jit(step, static_argnums=1, donate_argnums=0)
     for _ in range(3):
