@@ -14,7 +14,7 @@ from jax_bridge.dense_launch import AttentionOptions, DenseSizes
 from jax_bridge.device import Device
 from jax_bridge.masks import MaskInfo
 from jax_bridge.operation import Implementation, Invocation, Operation, Outputs, window_argument
-from jax_bridge.validation import ANY_FLOAT, BOOLEAN, FLOAT, INDEX, Arguments, describe, narrowed_ids
+from jax_bridge.validation import ANY_FLOAT, BOOLEAN, FLOAT, INDEX, Arguments, describe
 
 _MASKS = ("mask", "q_segment_ids", "kv_segment_ids", "key_lengths")
 
@@ -227,9 +227,10 @@ def _checked_mask(check: Arguments, mask_info: Any) -> dict[str, Any]:
                 raise check.value_error("mask_info", got, f"{axis} = {check.sizes[axis]} as in the other arrays")
         return masks | {"key_lengths": lengths}
     if is_ours and mask_info.q_segment_ids is not None and mask_info.kv_segment_ids is not None:
-        q_ids = check.array("mask_info.q_segment_ids", mask_info.q_segment_ids, ("B", "Q"), INDEX)
-        kv_ids = check.array("mask_info.kv_segment_ids", mask_info.kv_segment_ids, ("B", "K"), INDEX)
-        return masks | dict(zip(("q_segment_ids", "kv_segment_ids"), narrowed_ids(q_ids, kv_ids), strict=True))
+        return masks | {
+            "q_segment_ids": check.array("mask_info.q_segment_ids", mask_info.q_segment_ids, ("B", "Q"), INDEX),
+            "kv_segment_ids": check.array("mask_info.kv_segment_ids", mask_info.kv_segment_ids, ("B", "K"), INDEX),
+        }
     compute = getattr(mask_info, "get_or_compute_attention_mask", None)
     if not callable(compute):
         expected = "a MaskInfo or another object with get_or_compute_attention_mask()"

@@ -6,8 +6,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from jax_bridge.validation import BOOLEAN, INDEX, Arguments, narrowed_ids
+from jax_bridge.validation import BOOLEAN, INDEX, Arguments
+
+_INT32_MAX = np.iinfo(np.int32).max
 
 
 @functools.partial(
@@ -36,6 +39,11 @@ class MaskInfo:
     key_lengths: jax.Array | None = None
     q_len: int = 0
     kv_len: int = 0
+
+    def __post_init__(self) -> None:
+        ids = _narrowed_ids(self.q_segment_ids, self.kv_segment_ids)
+        for name, array in zip(("q_segment_ids", "kv_segment_ids"), ids, strict=True):
+            object.__setattr__(self, name, array)
 
     @classmethod
     def from_attention_mask(cls, mask: jax.Array) -> "MaskInfo":
@@ -103,6 +111,21 @@ class MaskInfo:
             raise ValueError(
                 "MaskInfo: attention_mask is None, expected it, both q_segment_ids and kv_segment_ids, or key_lengths"
             )
-        q_ids, kv_ids = (jnp.asarray(ids) for ids in narrowed_ids(self.q_segment_ids, self.kv_segment_ids))
-        q_ids, kv_ids = q_ids[:, None, :, None], kv_ids[:, None, None, :]
+        q_ids = jnp.asarray(self.q_segment_ids)[:, None, :, None]
+        kv_ids = jnp.asarray(self.kv_segment_ids)[:, None, None, :]
         return (q_ids == kv_ids) & (q_ids >= 0)
+
+
+def _narrowed_ids(*arrays: Any) -> tuple[Any, ...]:
+    """Integer arrays of which only equality and sign count, without numpy's 64 bits, which JAX would wrap round."""
+    is_numpy = [isinstance(ids, np.ndarray) and ids.dtype.kind in "iu" for ids in arrays]
+    wide = [own and ids.dtype.itemsize == 8 for own, ids in zip(is_numpy, arrays, strict=True)]
+    if jax.config.jax_enable_x64 or not any(wide):
+        return arrays
+    if not all(is_numpy):  # those of JAX have 32 bits: what does not fit equals none of them
+        pairs = zip(wide, arrays, strict=True)
+        return tuple(np.where(ids > _INT32_MAX, -1, ids).astype(np.int32) if is_wide else ids for is_wide, ids in pairs)
+    positive = [np.maximum(ids, 0).astype(np.uint64) for ids in arrays]
+    known = np.unique(np.concatenate([ids.reshape(-1) for ids in positive]))
+    ranks = [np.searchsorted(known, ids).astype(np.int32) for ids in positive]
+    return tuple(np.where(ids < 0, np.int32(-1), rank) for ids, rank in zip(arrays, ranks, strict=True))

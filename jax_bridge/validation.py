@@ -443,21 +443,6 @@ def narrowed(value: Any) -> Any:
     return value
 
 
-def narrowed_ids(*arrays: Any) -> tuple[Any, ...]:
-    """Integer arrays of which only equality and sign count, without numpy's 64 bits, which JAX would wrap round."""
-    is_numpy = [isinstance(ids, np.ndarray) for ids in arrays]
-    wide = [own and ids.dtype.itemsize == 8 for own, ids in zip(is_numpy, arrays, strict=True)]
-    if jax.config.jax_enable_x64 or not any(wide):
-        return arrays
-    if not all(is_numpy):  # those of JAX have 32 bits: what does not fit equals none of them
-        pairs = zip(wide, arrays, strict=True)
-        return tuple(np.where(ids > _INT32.max, -1, ids).astype(np.int32) if is_wide else ids for is_wide, ids in pairs)
-    positive = [np.maximum(ids, 0).astype(np.uint64) for ids in arrays]
-    known = np.unique(np.concatenate([ids.reshape(-1) for ids in positive]))
-    ranks = [np.searchsorted(known, ids).astype(np.int32) for ids in positive]
-    return tuple(np.where(ids < 0, np.int32(-1), rank) for ids, rank in zip(arrays, ranks, strict=True))
-
-
 def to_int32(value: jax.Array) -> jax.Array:
     """An integer array as int32; values that do not fit are clipped, so that they stay out of range."""
     if value.dtype == jnp.int32:
