@@ -8,7 +8,7 @@ import numpy as np
 
 from jax_bridge.operation import INDEX_ARGUMENTS, Invocation
 from jax_bridge.registry import find_operation
-from jax_bridge.validation import describe, listed_errors
+from jax_bridge.validation import describe, listed_errors, listing
 
 Values = Mapping[str, np.ndarray]
 
@@ -30,14 +30,7 @@ def check_values(op: Any, *args: Any, **kwargs: Any) -> None:
     elsewhere = ("platform", "cfg", "mesh", "in_specs", "out_specs")
     options = {name: value for name, value in kwargs.items() if name not in elsewhere}
     with listed_errors() as refused:
-        try:
-            invocation = operation.invocation(*args, **options)
-        except Exception as error:
-            # Beside a refused array, what is not an error in the common wording comes of going on without it.
-            if str(error).startswith(f"{operation.name}: "):
-                refused.append(error)
-            elif not refused:
-                raise
+        invocation = listing(operation.invocation, operation.name, refused)(*args, **options)
     if refused:
         raise _summary(operation.name, [str(error).removeprefix(f"{operation.name}: ") for error in refused])
     values = {

@@ -141,7 +141,9 @@ def listed_errors() -> Iterator[list[Exception]]:
         _listed.reset(token)
 
 
-def _listing(check: Callable[..., Any], operation: str, errors: list[Exception]) -> Callable[..., Any]:
+def listing(check: Callable[..., Any], operation: str, errors: list[Exception]) -> Callable[..., Any]:
+    """`check` that puts its error in the common wording into `errors`, and then answers what it was given to check."""
+
     def checked(*args: Any, **kwargs: Any) -> Any:
         try:
             return check(*args, **kwargs)
@@ -188,7 +190,7 @@ class Arguments:
         errors = _listed.get()
         if errors is not None:
             for name in _LISTED_CHECKS:
-                setattr(self, name, _listing(getattr(self, name), operation, errors))
+                setattr(self, name, listing(getattr(self, name), operation, errors))
 
     def type_error(self, argument: str, got: str, expected: str) -> TypeError:
         """A `TypeError` in the common wording."""
