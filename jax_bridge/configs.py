@@ -17,6 +17,7 @@ def _power_of_two(value: int) -> bool:
     return value >= 1 and value & (value - 1) == 0
 
 
+_DOT_BLOCK_RULE = (lambda value: _power_of_two(value) and value >= 16, "a power of two from 16")
 _RULES: dict[str, tuple[Callable[[int], bool], str]] = {
     "num_warps": (lambda value: _power_of_two(value) and value <= 32, "a power of two from 1 to 32"),
     "num_stages": (lambda value: value >= 1, "an integer >= 1"),
@@ -28,12 +29,12 @@ _RULES: dict[str, tuple[Callable[[int], bool], str]] = {
     "decode_programs_per_sm": (lambda value: value >= 1, "an integer >= 1"),
     "programs_per_sm": (lambda value: value >= 1, "an integer >= 1"),
     "min_tiles_per_split": (lambda value: value >= 1, "an integer >= 1"),
-    "kv_blocksize": (lambda value: _power_of_two(value) and value >= 16, "a power of two from 16"),
+    "kv_blocksize": _DOT_BLOCK_RULE,
     "kv_heads_at_once": (lambda value: value >= 1, "an integer >= 1"),
-    "block_q": (lambda value: _power_of_two(value) and value >= 16, "a power of two from 16"),
-    "block_n": (lambda value: _power_of_two(value) and value >= 16, "a power of two from 16"),
-    "decode_block_n": (lambda value: _power_of_two(value) and value >= 16, "a power of two from 16"),
-    "block_k": (lambda value: _power_of_two(value) and value >= 16, "a power of two from 16"),
+    "block_q": _DOT_BLOCK_RULE,
+    "block_n": _DOT_BLOCK_RULE,
+    "decode_block_n": _DOT_BLOCK_RULE,
+    "block_k": _DOT_BLOCK_RULE,
 }
 _BLOCK_RULE = (_power_of_two, "a power of two")
 

@@ -14,13 +14,12 @@ from jax_bridge.configs import AttentionConfig, chosen
 from jax_bridge.device import Device
 from jax_bridge.launch import Output, kernels, launch
 from jax_bridge.tiles import (
-    FEWEST_REGISTERS,
-    FEWEST_REGISTERS_WIDE,
     MAX_HEAD_DIM,
     build_tile,
     max_registers,
     next_power_of_two,
     padded_head_dim,
+    widest_head,
 )
 from jax_bridge.validation import Window
 
@@ -73,11 +72,6 @@ class DenseSizes:
     head_dim: int
     value_head_dim: int
 
-    @property
-    def widest(self) -> int:
-        """The larger head dim, as wide as its tile."""
-        return max(padded_head_dim(self.head_dim), padded_head_dim(self.value_head_dim))
-
 
 def lacks(arrays: Mapping[str, Any], sizes: DenseSizes, options: AttentionOptions) -> str | None:
     """Words for the first thing asked for that the kernel cannot do, or None."""
@@ -121,7 +115,6 @@ def attend(
         group_size=sizes.group_size,
     )
     row_tiles = math.ceil(sizes.q_len * sizes.group_size / tile.block_m)
-    fewest_registers = FEWEST_REGISTERS if sizes.widest <= 128 else FEWEST_REGISTERS_WIDE
     results = launch(
         kernels("attention").dense_attention_kernel,
         outputs={"out_ptr": Output((*query.shape[:3], sizes.value_head_dim), options.dtype)},
@@ -146,7 +139,7 @@ def attend(
         num_stages=chosen(cfg.num_stages),
         device=device,
         operation="attention",
-        max_registers=max_registers(chosen(cfg.num_warps), chosen(cfg.programs_per_sm), fewest_registers),
+        max_registers=max_registers(chosen(cfg.num_warps), chosen(cfg.programs_per_sm), widest_head(sizes)),
     )
     return results["out_ptr"]
 
@@ -257,7 +250,7 @@ def heuristic_cfg(
     As measured for prefill over pages on an H100, two programs of 128 rows that share a multiprocessor hide each
     other's waits. Segments are loaded a stage ahead of the keys that they let through.
     """
-    itemsize, num_rows, widest = np.dtype(options.dtype).itemsize, sizes.q_len * sizes.group_size, sizes.widest
+    itemsize, num_rows, widest = np.dtype(options.dtype).itemsize, sizes.q_len * sizes.group_size, widest_head(sizes)
     num_heads, num_warps = sizes.batch * sizes.num_kv_heads, 4
     if itemsize == 4:  # dot products run on FMA units, out of registers: small tiles
         block_q, block_k = 16, max(16, min(32, 4096 // widest))

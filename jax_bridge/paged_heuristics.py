@@ -21,7 +21,7 @@ from jax_bridge.configs import (
 )
 from jax_bridge.device import Device
 from jax_bridge.paged_launch import RowClass
-from jax_bridge.tiles import next_power_of_two, padded_head_dim
+from jax_bridge.tiles import next_power_of_two, padded_head_dim, widest_head
 from jax_bridge.validation import PagedSizes
 
 Launches = tuple[tuple[RowClass, ...], ...]
@@ -55,7 +55,7 @@ def is_full_precision(dtype: Any) -> bool:
 
 def decode_tile(sizes: PagedSizes, rows: int, query_dtype: Any, cache_dtype: Any, device: Device) -> TileShape:
     """The tile for sequences of up to `rows` rows."""
-    widest = _widest(sizes)
+    widest = widest_head(sizes)
     if is_full_precision(query_dtype):
         block_m, block_n, num_warps = 16, max(16, min(32, 4096 // widest)), 4
     else:
@@ -75,12 +75,12 @@ def _decode_programs_per_sm(tile: TileShape) -> int:
 
 def _prefill_programs_per_sm(sizes: PagedSizes) -> int:
     """As many as the registers of a prefill tile let run at once: two hide each other's waits, even if some spill."""
-    return 2 if _widest(sizes) <= 128 else 1
+    return 2 if widest_head(sizes) <= 128 else 1
 
 
 def prefill_tile(sizes: PagedSizes, cache_dtype: Any, device: Device) -> TileShape:
     """The tile for sequences of many rows, in 16-bit precision."""
-    widest = _widest(sizes)
+    widest = widest_head(sizes)
     rows = sizes.num_tokens * sizes.group_size
     if widest <= 128:
         programs = rows // 128 * sizes.num_kv_heads
@@ -115,7 +115,7 @@ def _prefill_bytes(tile: TileShape, sizes: PagedSizes, cache_dtype: Any) -> int:
 def _narrowed(tile: TileShape, sizes: PagedSizes, cache_dtype: Any, device: Device) -> TileShape:
     """`tile` with as many rows as fit without a pipeline, where K and V take turns in shared memory."""
     row_bytes = (padded_head_dim(sizes.head_dim) + tile.block_n) * 2
-    key_bytes = tile.block_n * _widest(sizes) * np.dtype(cache_dtype).itemsize + _PREFILL_SIDE_BYTES
+    key_bytes = tile.block_n * widest_head(sizes) * np.dtype(cache_dtype).itemsize + _PREFILL_SIDE_BYTES
     while tile.block_m > 16 and tile.block_m * row_bytes + key_bytes > device.shared_memory:
         tile = dataclasses.replace(tile, block_m=tile.block_m // 2)
     return tile
@@ -413,10 +413,6 @@ def _prefill_variations(heuristic: Any) -> tuple[dict[str, Any], ...]:
 def _fitting[C](candidates: Iterable[C], shared_bytes: Callable[[C], int], device: Device) -> tuple[C, ...]:
     """Distinct candidates whose tiles fit the shared memory of a program."""
     return tuple(cfg for cfg in dict.fromkeys(candidates) if shared_bytes(cfg) <= device.shared_memory)
-
-
-def _widest(sizes: PagedSizes) -> int:
-    return max(padded_head_dim(sizes.head_dim), padded_head_dim(sizes.value_head_dim))
 
 
 def _decode_bytes(sizes: PagedSizes, cache_dtype: Any, cfg: Any) -> int:

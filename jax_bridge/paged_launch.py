@@ -12,14 +12,12 @@ from jax_bridge.device import Device
 from jax_bridge.launch import Output, kernels, launch
 from jax_bridge.layouts import cache_strides, scale_stride
 from jax_bridge.tiles import (
-    FEWEST_REGISTERS,
-    FEWEST_REGISTERS_WIDE,
     MAX_HEAD_DIM,
     build_tile,
     lacks_cache_dtype,
     max_registers,
     next_power_of_two,
-    padded_head_dim,
+    widest_head,
 )
 from jax_bridge.validation import PagedOptions, PagedSizes
 
@@ -282,12 +280,11 @@ class PagedCall:
 
     def _max_registers(self, classes: Sequence[RowClass], num_warps: int) -> int | None:
         """Registers a thread with which all programs planned for fit a multiprocessor; None for no limit."""
-        widest = padded_head_dim(max(self.sizes.head_dim, self.sizes.value_head_dim))
         decodes = not any(rows.skip_masks for rows in classes)
         caps_exactly = self.options.soft_cap is not None and self.operands["q_ptr"].dtype == jnp.float32
         is_plain = not caps_exactly and self.operands["alibi_ptr"] is None
-        fewest = FEWEST_REGISTERS if widest <= 128 and (is_plain or not decodes) else FEWEST_REGISTERS_WIDE
-        return max_registers(num_warps, max(rows.programs_per_sm for rows in classes), fewest)
+        programs_per_sm = max(rows.programs_per_sm for rows in classes)
+        return max_registers(num_warps, programs_per_sm, widest_head(self.sizes), is_plain=is_plain or not decodes)
 
     @property
     def _is_packed(self) -> bool:

@@ -8,9 +8,8 @@ from jax_bridge.device import current_device
 from jax_bridge.launch import interpreting, kernels
 
 MAX_HEAD_DIM = 512
-FEWEST_REGISTERS = 128  # with fewer the loop over tiles spills
-FEWEST_REGISTERS_WIDE = 168  # likewise for head dims above 128, and for decoding with an exact soft cap or ALiBi
-
+_FEWEST_REGISTERS = 128  # with fewer the loop over tiles spills
+_FEWEST_REGISTERS_WIDE = 168  # likewise for head dims above 128, and for decoding with an exact soft cap or ALiBi
 _REGISTERS_PER_SM, _MOST_REGISTERS = 65_536, 255
 # Triton's wgmma has read past tiles with narrower rows (triton#10573, #11366); 3.9 is not known to be free of it.
 _NARROWEST_WGMMA_TILE, _WGMMA_ROWS = 64, 64
@@ -24,6 +23,11 @@ def next_power_of_two(value: int) -> int:
 def padded_head_dim(head_dim: int) -> int:
     """Width of a tile's head axis: a power of two, and no less than a dot product takes."""
     return max(16, next_power_of_two(head_dim))
+
+
+def widest_head(sizes: Any) -> int:
+    """The larger head dim of a call, as wide as its tile."""
+    return padded_head_dim(max(sizes.head_dim, sizes.value_head_dim))
 
 
 def build_tile(
@@ -41,8 +45,16 @@ def build_tile(
     )
 
 
-def max_registers(num_warps: int, programs_per_sm: int, fewest: int) -> int | None:
-    """Registers a thread with which as many programs as planned fit a multiprocessor; None for no limit."""
+def max_registers(num_warps: int, programs_per_sm: int, widest: int, *, is_plain: bool = True) -> int | None:
+    """Registers a thread with which as many programs as planned fit a multiprocessor; None for no limit.
+
+    Args:
+        num_warps: Warps a program.
+        programs_per_sm: Programs planned for a multiprocessor.
+        widest: What `widest_head` answers.
+        is_plain: Whether scores cost no more registers than usual.
+    """
+    fewest = _FEWEST_REGISTERS if widest <= 128 and is_plain else _FEWEST_REGISTERS_WIDE
     registers = max(fewest, _REGISTERS_PER_SM // (num_warps * 32 * programs_per_sm) // 8 * 8)
     return registers if registers < _MOST_REGISTERS else None
 
