@@ -47,6 +47,12 @@ class Invocation:
     options: Any
     sizes: Any
 
+    @functools.cached_property
+    def is_symbolic(self) -> bool:
+        """Whether a size is one of `jax.export.symbolic_shape`."""
+        shapes = (array.shape for array in self.arrays.values() if array is not None)
+        return any(not isinstance(size, int) for shape in shapes for size in shape)
+
 
 def _supports_everything(invocation: Invocation) -> str | None:
     del invocation
@@ -85,15 +91,9 @@ class Implementation:
 
     def missing(self, invocation: Invocation) -> str | None:
         """Words for the first thing about the call that is not supported, or None."""
-        if self.platform != "xla" and _is_symbolic(invocation):
+        if self.platform != "xla" and invocation.is_symbolic:
             return "symbolic sizes: kernels are made for the sizes of their arrays"
         return self.lacks(invocation)
-
-
-def _is_symbolic(invocation: Invocation) -> bool:
-    """Whether a size is one of `jax.export.symbolic_shape`."""
-    shapes = (array.shape for array in invocation.arrays.values() if array is not None)
-    return any(not isinstance(size, int) for shape in shapes for size in shape)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -165,7 +165,8 @@ class RaggedDecodeAttention(Operation):
 
     def candidate_cfgs_gpu(self, invocation: Invocation) -> tuple[RaggedDecodeAttentionConfig, ...]:
         """The configurations worth timing on the GPU at hand or the target device; none if `triton` lacks the call."""
-        if ragged_launch.lacks(invocation) is not None:
+        row = self.implementation("triton")
+        if row is None or row.missing(invocation) is not None:
             return ()
         return ragged_launch.candidate_cfgs(invocation, current_device())
 
