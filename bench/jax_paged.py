@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 KV_LAYOUT = "HPTD"
 K_SPLITS = 16  # its default; it takes as many pages for every split
+BLOCK_PAGES = 8  # its default, where a split has so many; it takes whole blocks only
 
 
 def jax_paged_attention(
@@ -38,13 +39,15 @@ def jax_paged_attention(
         from jax.experimental.pallas.ops.gpu.paged_attention import paged_attention
 
     scaled = (query.astype(jnp.float32) * query.shape[-1] ** -0.5).astype(query.dtype)
-    padding = -block_tables.shape[1] % K_SPLITS
+    width = block_tables.shape[1]
+    padding = -width % (K_SPLITS * BLOCK_PAGES if width > K_SPLITS * BLOCK_PAGES else K_SPLITS)
     attended: jax.Array = paged_attention(
         scaled,
         key_cache,
         value_cache,
         jnp.pad(block_tables, ((0, 0), (0, padding))),
         context_lens,
+        pages_per_compute_block=BLOCK_PAGES,
         k_splits=K_SPLITS,
         attn_logits_soft_cap=soft_cap,
         interpret=jax.default_backend() != "gpu",

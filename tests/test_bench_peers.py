@@ -11,14 +11,17 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from bench import peers
 from bench.cases import AttentionCase, parse_case
+from bench.jax_paged import BLOCK_PAGES, K_SPLITS, jax_paged_attention
 from bench.torch_peers import Fa3Masks, fa3_forward_arguments, fa3_metadata_arguments, flashinfer_plan_arguments
 from bench.unified import main
+from jax_bridge import page_attention
 from tests.test_bench_unified import OPTIONS, QUICK, SIZES, freeze_times
 
 # The arguments of vLLM's build of FlashAttention-3, in the order of its registered schemas.
@@ -297,6 +300,17 @@ def test_a_missing_peer_is_named(
     monkeypatch.delenv("FA3_LIBRARY")
     main(["--cases", "2x9", f"--peers={peer}", *OPTIONS, *QUICK])
     assert words in capsys.readouterr().out
+
+
+def test_jax_paged_attention_takes_tables_of_any_width() -> None:
+    """It takes whole blocks of pages for every split: tables wider than a block each are padded to such."""
+    width = K_SPLITS * BLOCK_PAGES + 1
+    keys = jax.random.split(jax.random.key(0), 3)
+    query = jax.random.normal(keys[0], (1, 2, 16))
+    caches = tuple(jax.random.normal(key, (1, width, 16, 16)) for key in keys[1:])
+    lens, tables = jnp.array([16 * width - 3]), jnp.arange(width)[None]
+    expected = page_attention(query, *caches, lens, tables, kv_layout="HPTD", platform="xla")
+    np.testing.assert_allclose(jax_paged_attention(query, *caches, lens, tables), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_jax_peers_compute_the_same(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
