@@ -13,7 +13,6 @@ def test_parts_run_alone(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--platform=xla", "--layers=1", "--repeats=2", "--only=step"]) == 0
     step = json.loads(capsys.readouterr().out)
     assert step["seconds"] > 0
-    assert not step["captured"]  # there are no command buffers on a CPU
     assert step["error"] == 0
     assert main(["--platform=xla", "--only=merge_attention_states"]) == 0
     seconds = json.loads(capsys.readouterr().out)
