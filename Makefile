@@ -9,6 +9,7 @@ JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+GPU_COMPILER := $(VENV)/gpu-compiler
 SUITABLE := -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 12))'
 CANDIDATES := $(or $(PYTHON),python3.12 python3.13 python3.14 python3 python \
 	$(wildcard $(HOME)/.pyenv/versions/3.1[2-9]*/bin/python3))
@@ -30,7 +31,7 @@ test: $(INSTALLED)
 	    $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not compile" $(ARGS)
 	env -u TRITON_INTERPRET $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m compile \
 	    tests/test_compile_gpu.py tests/test_compile_attention.py tests/test_compile_cache.py \
-	    tests/test_static_baseline.py tests/test_explain.py tests/test_launch.py
+	    tests/test_compile_xla.py tests/test_static_baseline.py tests/test_explain.py tests/test_launch.py
 	$(MAKE) bench-cpu
 
 # Every case in every dtype, and hundreds of drawn problems for each operation: hours.
@@ -85,5 +86,12 @@ $(INSTALLED): pyproject.toml setup.cfg constraints.txt
 # With this plugin JAX lowers Triton kernels for CUDA, on a CPU too; without its dependencies, the CUDA libraries, it is small.
 	@if [ "$$(uname -sm)" = "Linux x86_64" ]; then \
 	    $(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps jax-cuda13-plugin; \
+	fi
+# XLA's compiler for GPUs, which needs none. It lies apart, where tests find it and JAX does not: that would look for a GPU
+# in every process and complain. Into such a folder pip installs anew whatever is there, so it is asked for that first.
+	@if [ "$$(uname -sm)" = "Linux x86_64" ] && ! $(BIN)/python -m pip show --quiet jax-cuda13-pjrt 2>/dev/null && \
+	    ! $(BIN)/python -m pip freeze --path $(GPU_COMPILER) | grep -qxFf constraints.txt; then \
+	    rm -rf $(GPU_COMPILER) && $(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps \
+	        --target $(GPU_COMPILER) jax-cuda13-pjrt; \
 	fi
 	@touch $@

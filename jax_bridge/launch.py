@@ -142,6 +142,8 @@ def launch(
     # The buffers of all results follow those of the operands: what is updated comes last, behind the last parameter.
     results_in_order = [*(parameter for parameter in kernel.arg_names if parameter in written), *changed]
     operands_in_order = [parameter for parameter in kernel.arg_names if parameter in arrays]
+    if changed:
+        arrays = _not_slices(arrays)
     with _aliases_without_warning() if changed else contextlib.nullcontext():
         results = _jax_triton().triton_call(
             kernel=kernel,
@@ -162,7 +164,18 @@ def launch(
             **absent,
             **constants,
         )
-    return _varying(arrays, dict(zip(results_in_order, results, strict=True)))
+    answers = dict(zip(results_in_order, results, strict=True))
+    return _varying(arrays, _not_slices(answers) if changed else answers)
+
+
+def _not_slices(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Arrays that XLA does not make parts of larger ones, which it may do with what a call reads and writes.
+
+    On GPUs it pulls slices of operands, and updates of slices with results, into one fusion with the call (its dynamic
+    slice fusion), and such a fusion forgets that a result stands in the buffer of an operand: what the kernel does not
+    write, as most of a cache, would be lost.
+    """
+    return dict(zip(arrays, jax.lax.optimization_barrier(tuple(arrays.values())), strict=True))
 
 
 @contextlib.contextmanager
