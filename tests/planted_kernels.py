@@ -242,7 +242,7 @@ KERNEL_BUGS: dict[str, KernelBug] = {
         "sinks_splits",
     ),
     "first_rows_reduced_alone": _page(
-        "split_reduce", "tl.program_id(0) % blocks * BLOCK_ROWS", "0", changes={"num_kv_heads": 1}
+        "split_reduce", "program % blocks * BLOCK_ROWS", "0", changes={"num_kv_heads": 1}
     ),
     "partials_of_both_classes_in_one_place": _unified(
         "schedule", "return SCHEDULE.first_partial + number", "return number", "long_prompt", fields=SPLIT

@@ -80,16 +80,17 @@ def merge_partials(
 
 
 @triton.jit
-def split_reduce_kernel(
-    starts_ptr,  # [S + 1] or None
-    lens_ptr,  # [S]
-    begins_ptr,  # [S] first keys, or None
-    sink_ptr,  # [Hq] or None
-    v_scale_ptr,  # [1] or [Hkv] or None
-    partial_out_ptr,  # [partials, BLOCK_M, Dv] float32
-    partial_lse_ptr,  # [partials, BLOCK_M] float32, base 2
-    out_ptr,  # [T, Hq, Dv]
-    lse_ptr,  # [T, Hq] or None
+def reduce_rows(
+    program,
+    starts_ptr,
+    lens_ptr,
+    begins_ptr,
+    sink_ptr,
+    v_scale_ptr,
+    partial_out_ptr,
+    partial_lse_ptr,
+    out_ptr,
+    lse_ptr,
     V_SCALE_STRIDE: tl.constexpr,
     QUERIES: tl.constexpr,
     CACHE: tl.constexpr,
@@ -99,19 +100,16 @@ def split_reduce_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_SPLITS: tl.constexpr,
 ):
-    """One program merges BLOCK_ROWS rows of a row tile in which several shares had a part.
-
-    It adds sinks and writes the output.
-    """
+    """Merge BLOCK_ROWS rows of a row tile in which several shares had a part, add sinks and write the output."""
     blocks: tl.constexpr = TILE.block_m // BLOCK_ROWS
-    kv_head = tl.program_id(0) // blocks % QUERIES.num_kv_heads
-    number = tl.program_id(0) // (blocks * QUERIES.num_kv_heads)
+    kv_head = program // blocks % QUERIES.num_kv_heads
+    number = program // (blocks * QUERIES.num_kv_heads)
     share_length, cost = measure_shares(starts_ptr, lens_ptr, begins_ptr, QUERIES, SCORING, TILE, SCHEDULE)
     segment, first_token, num_tokens, _, _, first_row, begin, end = find_row_tile(
         number, cost, starts_ptr, lens_ptr, begins_ptr, QUERIES, SCORING, TILE, SCHEDULE, BY_NUMBER=True
     )
     first_share, last_share = shares_of(begin, end, share_length, SCHEDULE)
-    rows = tl.program_id(0) % blocks * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    rows = program % blocks * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     _, heads, out_rows, row_mask = unpack_rows(first_row + rows, first_row, kv_head, num_tokens, QUERIES)
     has_rows = tl.max(row_mask.to(tl.int32)) > 0
     if (segment >= 0) & (first_share < last_share) & has_rows & (last_share < SCHEDULE.num_shares):
@@ -148,4 +146,117 @@ def split_reduce_kernel(
             QUERIES.group_size,
             CACHE.value_head_dim,
             TILE.block_dv,
+        )
+
+
+@triton.jit
+def split_reduce_kernel(
+    starts_ptr,  # [S + 1] or None
+    lens_ptr,  # [S]
+    begins_ptr,  # [S] first keys, or None
+    sink_ptr,  # [Hq] or None
+    v_scale_ptr,  # [1] or [Hkv] or None
+    partial_out_ptr,  # [partials, BLOCK_M, Dv] float32
+    partial_lse_ptr,  # [partials, BLOCK_M] float32, base 2
+    out_ptr,  # [T, Hq, Dv]
+    lse_ptr,  # [T, Hq] or None
+    V_SCALE_STRIDE: tl.constexpr,
+    QUERIES: tl.constexpr,
+    CACHE: tl.constexpr,
+    SCORING: tl.constexpr,
+    TILE: tl.constexpr,
+    SCHEDULE: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_SPLITS: tl.constexpr,
+):
+    """What one schedule split."""
+    reduce_rows(
+        tl.program_id(0),
+        starts_ptr,
+        lens_ptr,
+        begins_ptr,
+        sink_ptr,
+        v_scale_ptr,
+        partial_out_ptr,
+        partial_lse_ptr,
+        out_ptr,
+        lse_ptr,
+        V_SCALE_STRIDE,
+        QUERIES,
+        CACHE,
+        SCORING,
+        TILE,
+        SCHEDULE,
+        BLOCK_ROWS,
+        BLOCK_SPLITS,
+    )
+
+
+@triton.jit
+def mixed_split_reduce_kernel(
+    starts_ptr,  # [S + 1] or None
+    lens_ptr,  # [S]
+    sink_ptr,  # [Hq] or None
+    v_scale_ptr,  # [1] or [Hkv] or None
+    partial_out_ptr,  # [partials, BLOCK_M, Dv] float32
+    partial_lse_ptr,  # [partials, BLOCK_M] float32, base 2
+    out_ptr,  # [T, Hq, Dv]
+    lse_ptr,  # [T, Hq] or None
+    V_SCALE_STRIDE: tl.constexpr,
+    QUERIES: tl.constexpr,
+    CACHE: tl.constexpr,
+    SCORING: tl.constexpr,
+    FEW_TILE: tl.constexpr,
+    FEW_SCHEDULE: tl.constexpr,
+    FEW_BLOCK_ROWS: tl.constexpr,
+    FEW_BLOCK_SPLITS: tl.constexpr,
+    FEW_PROGRAMS: tl.constexpr,
+    MANY_TILE: tl.constexpr,
+    MANY_SCHEDULE: tl.constexpr,
+    MANY_BLOCK_ROWS: tl.constexpr,
+    MANY_BLOCK_SPLITS: tl.constexpr,
+):
+    """What the schedules of sequences of few rows and of those of many split, the former by the first programs."""
+    program = tl.program_id(0)
+    if program < FEW_PROGRAMS:
+        reduce_rows(
+            program,
+            starts_ptr,
+            lens_ptr,
+            None,
+            sink_ptr,
+            v_scale_ptr,
+            partial_out_ptr,
+            partial_lse_ptr,
+            out_ptr,
+            lse_ptr,
+            V_SCALE_STRIDE,
+            QUERIES,
+            CACHE,
+            SCORING,
+            FEW_TILE,
+            FEW_SCHEDULE,
+            FEW_BLOCK_ROWS,
+            FEW_BLOCK_SPLITS,
+        )
+    else:
+        reduce_rows(
+            program - FEW_PROGRAMS,
+            starts_ptr,
+            lens_ptr,
+            None,
+            sink_ptr,
+            v_scale_ptr,
+            partial_out_ptr,
+            partial_lse_ptr,
+            out_ptr,
+            lse_ptr,
+            V_SCALE_STRIDE,
+            QUERIES,
+            CACHE,
+            SCORING,
+            MANY_TILE,
+            MANY_SCHEDULE,
+            MANY_BLOCK_ROWS,
+            MANY_BLOCK_SPLITS,
         )
