@@ -135,4 +135,4 @@ PROGRAMS: dict[str, Program] = {
 }
 
 UNGUARDED = ("carried", "scanned")
-"""Those compiled a second time without the barriers that `jax_bridge.launch` puts around launches that change operands."""
+"""Those compiled a second time without the barriers of `jax_bridge.launch` around launches that change operands."""

@@ -1,7 +1,7 @@
 """Compiles `tests.gpu_programs` for an H100 by the GPU compiler of XLA, on a host without a GPU.
 
-The compiler is in JAX's CUDA plugin, which `make set-up` puts into a folder of its own: where JAX finds it, JAX looks for
-a GPU and complains. So the programs are compiled in a process of their own, `python -m tests.gpu_xla`.
+The compiler is in JAX's CUDA plugin, which `make set-up` puts into a folder of its own: where JAX finds it, JAX looks
+for a GPU and complains. So the programs are compiled in a process of their own, `python -m tests.gpu_xla`.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from jax_bridge import unified_attention, write_kv_pages
 
 
 class Batch(NamedTuple):
-    """What layers share: `kv_lens`, `block_tables`, `query_start_loc` and `slot_mapping`, within the pages of a layer."""
+    """What layers share: lengths, page tables, first tokens and slots of new tokens, within the pages of a layer."""
 
     lens: Any
     tables: Any
