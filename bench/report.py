@@ -150,17 +150,12 @@ def _cache(path: Path, content: Mapping[str, Any], pictures: Path) -> Section:
     return Section(title, content["facts"], tables=[Table("bytes read and written", rows)])
 
 
-SHARED_PREFIX_WAYS = {"recipe": "recipe", "one_call": "one call"}  # older files lack the second
-
-
 def _shared_prefix(path: Path, content: Mapping[str, Any], pictures: Path) -> Section:
     del path, pictures
-    ways = {name: words for name, words in SHARED_PREFIX_WAYS.items() if all(name in row for row in content["seconds"])}
-    head = [f"{words} us" for words in ways.values()] + [f"flat / {words}" for words in ways.values()]
-    rows = [["shared tokens", "flat us", *head]]
+    rows = [["shared tokens", "flat us", "recipe us", "flat / recipe"]]
     for row in content["seconds"]:
-        times, ratios = ([_us(row[name]) for name in ways], [f"{row['flat'] / row[name]:.2f}" for name in ways])
-        rows.append([str(row["shared"]), _us(row["flat"]), *times, *ratios])
+        ratio = f"{row['flat'] / row['recipe']:.2f}"
+        rows.append([str(row["shared"]), _us(row["flat"]), _us(row["recipe"]), ratio])
     title = f"{content['sequences']} sequences with {content['own']} tokens of their own"
     return Section("A prefix that many sequences share", content["facts"], tables=[Table(title, rows)])
 

@@ -75,58 +75,6 @@ def attend_shared_prefix(
     return merged
 
 
-def decode_shared_prefix(
-    queries: jax.Array,
-    key_cache: jax.Array,
-    value_cache: jax.Array,
-    prefix_len: jax.Array,
-    prefix_pages: jax.Array,
-    own_lens: jax.Array,
-    own_tables: jax.Array,
-    *,
-    attention_sink: jax.Array | None = None,
-    **options: Any,
-) -> tuple[jax.Array, jax.Array]:
-    """`attend_shared_prefix` where every sequence has one new token, with one attention call for both parts.
-
-    Args:
-        queries: `[S, Hq, D]`.
-        key_cache: `[P, ps, Hkv, D]`.
-        value_cache: `[P, ps, Hkv, Dv]`.
-        prefix_len: integer `[1]`.
-        prefix_pages: integers `[1, prefix pages]`.
-        own_lens: integers `[S]`, tokens of each sequence behind the prefix, the new one included.
-        own_tables: integers `[S, own pages]`, their pages.
-        attention_sink: `[Hq]`, counted once.
-        **options: of `unified_attention`, but no windows, no ALiBi and no `qq_bias`.
-
-    Returns:
-        The output `[S, Hq, Dv]` and the LSE `[S, Hq]`.
-    """
-    count = queries.shape[0]
-    width = max(prefix_pages.shape[1], own_tables.shape[1])
-    tables = [jnp.pad(table, ((0, 0), (0, width - table.shape[1]))) for table in (prefix_pages, own_tables)]
-    out, lse = unified_attention(
-        jnp.concatenate([queries, queries]),
-        key_cache,
-        value_cache,
-        jnp.concatenate([prefix_len, own_lens]),
-        jnp.concatenate(tables),
-        # One sequence of all rows, then a row for each: none of them has keys after its token.
-        jnp.concatenate([jnp.zeros(1, jnp.int32), count + jnp.arange(count + 1)]),
-        causal=False,
-        return_lse=True,
-        **options,
-    )
-    platform = options.get("platform")
-    merged: tuple[jax.Array, jax.Array]
-    merged = merge_attention_states(out[:count], lse[:count], out[count:], lse[count:], platform=platform)
-    if attention_sink is not None:
-        sinks = jnp.broadcast_to(attention_sink.astype(jnp.float32), merged[1].shape)
-        merged = merge_attention_states(*merged, jnp.zeros_like(merged[0]), sinks, platform=platform)
-    return merged
-
-
 def share_prefix(case: AttentionCase, arguments: ArgumentSet, shared: int) -> ArgumentSet:
     """The same tables, all of which begin with the pages that the first one begins with."""
     tables = arguments.block_tables.copy()
@@ -142,32 +90,14 @@ def _flat(platform: str, *arrays: Any) -> jax.Array:
     return attended
 
 
-def _parts(shared: int, page_size: int, *arrays: Any) -> dict[str, Any]:
-    """The arguments that the recipes share: the flat ones, the tables cut behind the shared pages."""
-    key_cache, value_cache, queries, lens, tables, _ = arrays
-    pages = shared // page_size
-    return {
-        "queries": queries,
-        "key_cache": key_cache,
-        "value_cache": value_cache,
-        "prefix_len": jnp.array([shared]),
-        "prefix_pages": tables[:1, :pages],
-        "own_lens": lens - shared,
-        "own_tables": tables[:, pages:],
-    }
-
-
-def _recipe(shared: int, page_size: int, platform: str, *arrays: Any) -> jax.Array:
-    parts = _parts(shared, page_size, *arrays)
-    return attend_shared_prefix(**parts, query_start_loc=arrays[-1], kv_layout=LAYOUT, platform=platform)[0]
-
-
-def _one_call(shared: int, page_size: int, platform: str, *arrays: Any) -> jax.Array:
-    return decode_shared_prefix(**_parts(shared, page_size, *arrays), kv_layout=LAYOUT, platform=platform)[0]
+def _recipe(platform: str, *arrays: Any) -> jax.Array:
+    key_cache, value_cache, queries, *parts = arrays
+    answer = attend_shared_prefix(queries, key_cache, value_cache, *parts, kv_layout=LAYOUT, platform=platform)
+    return answer[0]
 
 
 def time_shared_length(shared: int, pool: Pool, case: AttentionCase, options: argparse.Namespace) -> dict[str, Timing]:
-    """All ways over argument sets that rotate through the pool.
+    """Both ways over argument sets that rotate through the pool.
 
     Raises:
         ArithmeticError: an output is wrong.
@@ -176,14 +106,18 @@ def time_shared_length(shared: int, pool: Pool, case: AttentionCase, options: ar
     sets = [share_prefix(case, arguments, shared) for arguments in argument_sets(case, pool.pages, calls * chunks)]
     check = build_check(case, pool.caches, pool.layout, sets[0])
     starts, lens = jnp.asarray(case.query_start_loc), jnp.array(case.lengths, jnp.int32)
-    arrays = [(jnp.asarray(s.query, jnp.bfloat16), lens, jnp.asarray(s.block_tables), starts) for s in sets]
-    ways: dict[str, Callable[..., jax.Array]] = {
-        "flat": functools.partial(_flat, options.platform),
-        "recipe": functools.partial(_recipe, shared, case.page_size, options.platform),
-        "one_call": functools.partial(_one_call, shared, case.page_size, options.platform),
+    flat, recipe = [], []
+    for each in sets:  # an engine has the tables of both parts ready, as it has those of the flat call
+        query, tables = jnp.asarray(each.query, jnp.bfloat16), jnp.asarray(each.block_tables)
+        prefix_pages, own_tables = jnp.split(tables, [shared // case.page_size], axis=1)
+        flat.append((query, lens, tables, starts))
+        recipe.append((query, jnp.array([shared]), prefix_pages[:1], lens - shared, own_tables, starts))
+    ways: dict[str, tuple[Callable[..., jax.Array], list[Any]]] = {
+        "flat": (functools.partial(_flat, options.platform), flat),
+        "recipe": (functools.partial(_recipe, options.platform), recipe),
     }
     timings = {}
-    for name, way in ways.items():
+    for name, (way, arrays) in ways.items():
         program = compile_program(way, arrays, shared=pool.caches, calls_per_program=calls)
         if not (error := check.error(program.run(0)[0])) <= ROW_TOLERANCE:
             raise ArithmeticError(f"{name} over {shared} shared tokens: row error {error:.2e}, allowed {ROW_TOLERANCE}")
@@ -217,16 +151,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(
         f"{options.sequences} sequences of {options.own} own tokens, bfloat16, 32 query and 8 KV heads of width 128\n"
     )
-    print("| shared tokens | flat us | recipe us | one call us | flat / recipe | flat / one call |")
-    print("|---|---|---|---|---|---|")
+    print("| shared tokens | flat us | recipe us | flat / recipe |\n|---|---|---|---|")
     rows = []
     for shared, case in zip(options.shared, cases, strict=True):
         timings = time_shared_length(shared, pool, case, options)
-        flat, *others = (timings[name].median for name in ("flat", "recipe", "one_call"))
-        cells = [f"{seconds * 1e6:.1f}" for seconds in (flat, *others)]
-        cells += [f"{flat / seconds:.2f}" for seconds in others]
-        print(f"| {shared} | {' | '.join(cells)} |", flush=True)
-        rows.append({"shared": shared, **{name: timing.median for name, timing in timings.items()}})
+        flat, recipe = (timings[name].median for name in ("flat", "recipe"))
+        print(f"| {shared} | {flat * 1e6:.1f} | {recipe * 1e6:.1f} | {flat / recipe:.2f} |", flush=True)
+        rows.append({"shared": shared, "flat": flat, "recipe": recipe})
     if options.json:
         sizes = {"sequences": options.sequences, "own": options.own}
         options.json.write_text(json.dumps({"facts": facts, "copy": rates, **sizes, "seconds": rows}, indent=1) + "\n")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +31,12 @@ def shared_call(prefix_pages: int, **fields: Any) -> Call:
     return call.with_arrays(block_tables=tables)
 
 
-def recipe(implementation: Implementation, call: Call, prefix_pages: int, *, one_call: bool = False) -> Result:
-    """The answer of a recipe, cut out of the arguments of the flat call."""
+def recipe(implementation: Implementation, call: Call, prefix_pages: int) -> Result:
+    """The recipe's answer, cut out of the arguments of the flat call."""
     (queries, key_cache, value_cache, lens, tables, starts), keywords = arguments(call)
     keywords = {name: value for name, value in keywords.items() if name not in ("causal", "return_lse")}
     prefix_len = prefix_pages * PAGE_SIZE
-    parts = (
+    out, lse = shared_prefix.attend_shared_prefix(
         queries,
         key_cache,
         value_cache,
@@ -45,11 +44,10 @@ def recipe(implementation: Implementation, call: Call, prefix_pages: int, *, one
         tables[:1, :prefix_pages],
         lens - prefix_len,
         tables[:, prefix_pages:],
+        starts,
+        platform=implementation.platform,
+        **keywords,
     )
-    if one_call:
-        out, lse = shared_prefix.decode_shared_prefix(*parts, platform=implementation.platform, **keywords)
-    else:
-        out, lse = shared_prefix.attend_shared_prefix(*parts, starts, platform=implementation.platform, **keywords)
     return Result(np.asarray(out).astype(np.float64), lse=np.asarray(lse).astype(np.float64))
 
 
@@ -69,24 +67,11 @@ CALLS: dict[str, tuple[int, dict[str, Any]]] = {
 }
 
 
-DECODING_CALLS: dict[str, tuple[int, dict[str, Any]]] = {
-    "plain": (4, {"query_lens": (1, 1, 1, 1), "kv_lens": (40, 33, 49, 57)}),
-    "more_own_than_shared_pages": (1, {"query_lens": (1, 1), "kv_lens": (40, 33)}),
-    "sinks_cap_and_layout": (
-        3,
-        {"query_lens": (1, 1), "kv_lens": (30, 28), "sinks": 1, "soft_cap": 5.0, "kv_layout": "HPTD"},
-    ),
-    "int8": (2, {"query_lens": (1, 1), "kv_lens": (40, 18), "cache_dtype": "int8", "kv_scale": "head"}),
-}
-
-on_every_platform = pytest.mark.parametrize(
+@pytest.mark.parametrize(
     "implementation",
     [row for row in implementations_of("unified_attention") if row.platform in CACHE_PLATFORMS],
     ids=str,
 )
-
-
-@on_every_platform
 @pytest.mark.parametrize("name", CALLS)
 def test_recipe_equals_the_flat_call(implementation: Implementation, name: str) -> None:
     prefix_pages, fields = CALLS[name]
@@ -94,18 +79,9 @@ def test_recipe_equals_the_flat_call(implementation: Implementation, name: str) 
     judge.check_close(call, recipe(implementation, call, prefix_pages), implementation(call))
 
 
-@on_every_platform
-@pytest.mark.parametrize("name", DECODING_CALLS)
-def test_one_call_over_both_parts_equals_the_flat_call(implementation: Implementation, name: str) -> None:
-    prefix_pages, fields = DECODING_CALLS[name]
-    call = shared_call(prefix_pages, **fields)
-    judge.check_close(call, recipe(implementation, call, prefix_pages, one_call=True), implementation(call))
-
-
-@pytest.mark.parametrize("function", [shared_prefix.attend_shared_prefix, shared_prefix.decode_shared_prefix])
-def test_documentation_shows_the_recipe_as_it_is_tested(function: Callable[..., Any]) -> None:
+def test_documentation_shows_the_recipe_as_it_is_tested() -> None:
     page = Path(__file__).parent.parent / "docs" / "shared_prefix.md"
-    assert inspect.getsource(function) in page.read_text()
+    assert inspect.getsource(shared_prefix.attend_shared_prefix) in page.read_text()
 
 
 def test_benchmark_runs_and_notices_wrong_results(
