@@ -82,15 +82,7 @@ def merge_partials(
 @triton.jit
 def reduce_rows(
     program,
-    starts_ptr,
-    lens_ptr,
-    begins_ptr,
-    sink_ptr,
-    v_scale_ptr,
-    partial_out_ptr,
-    partial_lse_ptr,
-    out_ptr,
-    lse_ptr,
+    arrays,
     V_SCALE_STRIDE: tl.constexpr,
     QUERIES: tl.constexpr,
     CACHE: tl.constexpr,
@@ -101,6 +93,7 @@ def reduce_rows(
     BLOCK_SPLITS: tl.constexpr,
 ):
     """Merge BLOCK_ROWS rows of a row tile in which several shares had a part, add sinks and write the output."""
+    starts_ptr, lens_ptr, begins_ptr, sink_ptr, v_scale_ptr, partial_out_ptr, partial_lse_ptr, out_ptr, lse_ptr = arrays
     blocks: tl.constexpr = TILE.block_m // BLOCK_ROWS
     kv_head = program // blocks % QUERIES.num_kv_heads
     number = program // (blocks * QUERIES.num_kv_heads)
@@ -170,8 +163,7 @@ def split_reduce_kernel(
     BLOCK_SPLITS: tl.constexpr,
 ):
     """What one schedule split."""
-    reduce_rows(
-        tl.program_id(0),
+    arrays = (
         starts_ptr,
         lens_ptr,
         begins_ptr,
@@ -181,6 +173,10 @@ def split_reduce_kernel(
         partial_lse_ptr,
         out_ptr,
         lse_ptr,
+    )
+    reduce_rows(
+        tl.program_id(0),
+        arrays,
         V_SCALE_STRIDE,
         QUERIES,
         CACHE,
@@ -217,19 +213,12 @@ def mixed_split_reduce_kernel(
     MANY_BLOCK_SPLITS: tl.constexpr,
 ):
     """What the schedules of sequences of few rows and of those of many split, the former by the first programs."""
+    arrays = (starts_ptr, lens_ptr, None, sink_ptr, v_scale_ptr, partial_out_ptr, partial_lse_ptr, out_ptr, lse_ptr)
     program = tl.program_id(0)
     if program < FEW_PROGRAMS:
         reduce_rows(
             program,
-            starts_ptr,
-            lens_ptr,
-            None,
-            sink_ptr,
-            v_scale_ptr,
-            partial_out_ptr,
-            partial_lse_ptr,
-            out_ptr,
-            lse_ptr,
+            arrays,
             V_SCALE_STRIDE,
             QUERIES,
             CACHE,
@@ -242,15 +231,7 @@ def mixed_split_reduce_kernel(
     else:
         reduce_rows(
             program - FEW_PROGRAMS,
-            starts_ptr,
-            lens_ptr,
-            None,
-            sink_ptr,
-            v_scale_ptr,
-            partial_out_ptr,
-            partial_lse_ptr,
-            out_ptr,
-            lse_ptr,
+            arrays,
             V_SCALE_STRIDE,
             QUERIES,
             CACHE,
