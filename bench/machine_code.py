@@ -54,6 +54,8 @@ class Binary:
     depth: int
     """Tiles of K or V that the software pipeline keeps in shared memory."""
     wgmma: int
+    wgmma_waits: int
+    """Waits for them: as many as there are of them where registers do not suffice to have several under way."""
     mma: int
     cp_async: int
     wide_loads: int
@@ -155,6 +157,7 @@ def compile_launch(launch: Launch, target: GPUTarget) -> Binary:
         shared=compiled.metadata.shared,
         depth=max(buffers, default=0),
         wgmma=sass.count("HGMMA"),
+        wgmma_waits=sass.count("WARPGROUP.DEPBAR"),
         mma=sass.count("HMMA"),
         cp_async=sass.count("LDGSTS"),
         wide_loads=len(re.findall(r"LDG\.E[.\w]*\.128", sass)),

@@ -28,7 +28,7 @@ BASELINE = Path(__file__).parent / "baselines" / "static.json"
 
 ARCHITECTURES = {"sm_80": "a100", "sm_90": "h100", "sm_100": "b200"}
 
-LESS_IS_BETTER = ("registers", "stack", "shared")
+LESS_IS_BETTER = ("registers", "stack", "shared", "wgmma_waits")
 MORE_IS_BETTER = ("depth", "wgmma", "mma", "cp_async", "skipping_loops")
 
 Figures = dict[str, int]
@@ -136,12 +136,15 @@ def regressions(name: str, found: Mapping[str, Figures], stored: Mapping[str, Fi
     """A line for every figure of the kernels of a call that is worse than the stored one, or missing."""
     if sorted(found) != sorted(stored):
         return [f"{name}: launches {sorted(found)}, the baseline {sorted(stored)}"]
-    return [
-        f"{name} {kernel}: {figure} {stored[kernel][figure]} -> {value}"
-        for kernel, values in found.items()
-        for figure, value in values.items()
-        if value != stored[kernel][figure] and (value > stored[kernel][figure]) == (figure in LESS_IS_BETTER)
-    ]
+    lines = []
+    for kernel, values in found.items():
+        for figure, value in values.items():
+            before = stored[kernel].get(figure)
+            if before is None:
+                lines.append(f"{name} {kernel}: {figure} is {value}, the baseline has none")
+            elif value != before and (value > before) == (figure in LESS_IS_BETTER):
+                lines.append(f"{name} {kernel}: {figure} {before} -> {value}")
+    return lines
 
 
 def read_baseline() -> dict[str, dict[str, Figures]]:

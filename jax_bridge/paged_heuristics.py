@@ -35,6 +35,7 @@ _SHARES_PER_PROGRAM = 3  # of decoding beside prefilling: how evenly both end
 _MIN_DECODE_TILES = 2  # of keys in a split
 _SIDE_BYTES = 20 << 10  # of shared memory that a decode loop takes beside its tiles, with every feature
 _PREFILL_SIDE_BYTES = 2 << 10  # likewise of a prefill loop, beside its weights
+_MOST_WARPS = 16  # that a multiprocessor has registers for, 128 each thread
 _MIN_PREFILL_TILES = 16  # of keys in a split: fewer are not worth writing partial results of many rows
 
 
@@ -400,13 +401,18 @@ def unified_attention_candidates(
 
 
 def _prefill_variations(heuristic: Any) -> tuple[dict[str, Any], ...]:
+    wider = {"block_m": 2 * heuristic.block_m, "num_warps": min(_MOST_WARPS, 2 * heuristic.num_warps)}
+    wider["programs_per_sm"] = max(1, _MOST_WARPS // wider["num_warps"])
+    shorter = max(16, heuristic.block_n // 2)
     return (
         {},
         {"num_stages": heuristic.num_stages + 1},
         {"num_warps": 8},
-        {"block_m": 2 * heuristic.block_m, "num_warps": 8},
+        wider,
+        {**wider, "block_n": shorter},
         {"block_m": max(16, heuristic.block_m // 2), "num_warps": 4},
         {"block_n": 2 * heuristic.block_n, "num_warps": 8},
+        {"block_n": shorter},
     )
 
 

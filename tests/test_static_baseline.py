@@ -34,3 +34,10 @@ def test_another_set_of_kernels_is_noticed() -> None:
     stored = static.read_baseline()["prompt-sm_90"]
     assert static.regressions("prompt", {}, stored)
     assert not static.regressions("prompt", stored, stored)
+
+
+def test_a_new_figure_is_no_error() -> None:
+    stored = static.read_baseline()["prompt-sm_90"]
+    before = {name: {k: v for k, v in values.items() if k != "stack"} for name, values in stored.items()}
+    (line,) = static.regressions("prompt", stored, before)
+    assert line.endswith("the baseline has none")
