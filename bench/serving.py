@@ -57,6 +57,12 @@ class Replay:
     samples: list[StepSample] = field(default_factory=list)
     seconds: float = 0.0
     interrupted: bool = False
+    out_of_time: bool = False
+
+    @property
+    def is_unfinished(self) -> bool:
+        """Whether requests were left that might have been served."""
+        return self.interrupted or self.out_of_time
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -128,10 +134,10 @@ def _serve(console: Console, options: argparse.Namespace, requests: list[Request
         pool, max_batch=options.max_batch, max_context=options.max_context, step_tokens=options.step_tokens
     )
     with _progress(console) as progress, during_replay.watch():
-        replay = run_replay(engine, scheduler, requests, progress)
+        replay = run_replay(engine, scheduler, requests, progress, options.time_limit)
 
     step_programs = engine.compiled_steps
-    books = check_books(requests, scheduler, interrupted=replay.interrupted)
+    books = check_books(requests, scheduler, unfinished=replay.is_unfinished)
     with console.status("timing recorded steps"):
         attention = None if replay.interrupted else engine.measure_attention()
     measures = Measures(
@@ -174,8 +180,16 @@ def make_checks(engine: Engine, requests: Sequence[Request], seconds: float) -> 
     return checks
 
 
-def run_replay(engine: Engine, scheduler: Scheduler, requests: Sequence[Request], progress: Progress) -> Replay:
-    """Submit requests as they arrive and run steps until all are served or refused; Ctrl-C ends it early.
+def run_replay(
+    engine: Engine,
+    scheduler: Scheduler,
+    requests: Sequence[Request],
+    progress: Progress,
+    time_limit: float = math.inf,
+) -> Replay:
+    """Submit requests as they arrive and run steps until all are served or refused.
+
+    Ctrl-C ends it early, and so does the first step that ends `time_limit` seconds or more after the start.
 
     Raises:
         CheckError: the scheduler has requests but plans no step.
@@ -188,6 +202,9 @@ def run_replay(engine: Engine, scheduler: Scheduler, requests: Sequence[Request]
     try:
         while arriving or scheduler.has_work:
             now = time.perf_counter() - start
+            if now >= time_limit:
+                replay.out_of_time = True
+                break
             while arriving and arriving[0].arrival <= now:
                 request = arriving.popleft()
                 if not scheduler.submit(request):
@@ -296,6 +313,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     serving.add_argument("--max-context", type=_positive, default=1280, help="longest prompt and answer together")
     serving.add_argument("--step-tokens", type=_positive, default=128, help="most tokens of a step: one of each "
                          "decoding sequence, then chunks of as many prompts as fit")  # fmt: skip
+    serving.add_argument("--time-limit", type=_positive_float, default=math.inf, help="seconds after which the replay "
+                         "ends, whatever is left")  # fmt: skip
     serving.add_argument("--attention", choices=ATTENTION_CHOICES, default="unified", help="unified: one call of "
                          "unified_attention a step; page: page_attention for steps that only decode; pallas: JAX's "
                          "paged attention for these")  # fmt: skip

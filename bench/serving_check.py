@@ -74,16 +74,21 @@ class Budget:
         )
 
 
-def check_books(requests: Sequence[Request], scheduler: Scheduler, *, interrupted: bool) -> Check:
+def check_books(requests: Sequence[Request], scheduler: Scheduler, *, unfinished: bool) -> Check:
     """Nothing lost, nothing served twice, every token computed and generated counted once.
+
+    Args:
+        requests: All that were submitted.
+        scheduler: What served them.
+        unfinished: Whether the replay ended before all of them were served or refused.
 
     Raises:
         CheckError: the books do not balance.
     """
     served = [request for request in requests if request.state is RequestState.SERVED]
     refused = sum(request.state is RequestState.REFUSED for request in requests)
-    unfinished = len(requests) - len(served) - refused
-    if unfinished and not interrupted:
+    left = len(requests) - len(served) - refused
+    if left and not unfinished:
         raise CheckError(f"{len(requests)} submitted, but {len(served)} served + {refused} refused")
     for request in served:
         if request.times_served != 1 or len(request.generated) != request.max_new_tokens:
@@ -100,9 +105,9 @@ def check_books(requests: Sequence[Request], scheduler: Scheduler, *, interrupte
     held = [page for request in requests for page in request.pages]
     _expect_equal("pages in use", scheduler.pool.num_used, "held by requests", len(held))
     _expect_equal("pages held", len(held), "different pages", len(set(held)))
-    if not interrupted:
+    if not unfinished:
         _expect_equal("pages in use at the end", scheduler.pool.num_used, "expected", 0)
-    rest = f" + {unfinished} unfinished (interrupted)" if unfinished else ""
+    rest = f" + {left} unfinished" if left else ""
     return Check(
         "books",
         f"{len(requests)} submitted = {len(served)} served + {refused} refused{rest}; {generated} tokens generated, "

@@ -84,6 +84,8 @@ def measured_rows(measures: Measures) -> list[tuple[str, str]]:
     requests, scheduler, samples = measures.requests, measures.scheduler, measures.samples
     served = [request for request in requests if request.state is RequestState.SERVED]
     refused = sum(request.state is RequestState.REFUSED for request in requests)
+    left = len(requests) - len(served) - refused
+    rest = f", {left} left" if left else ""
     first = [request.token_times[0] - request.arrival for request in requests if request.token_times]
     between = [gap for request in requests for gap in np.diff(request.token_times).tolist()]
     prompt_tokens = sum(len(request.prompt) for request in served)
@@ -92,7 +94,7 @@ def measured_rows(measures: Measures) -> list[tuple[str, str]]:
     peak, mean = _peak_and_mean([sample.used_pages for sample in samples])
     peak_batch, mean_batch = _peak_and_mean([sample.running for sample in samples])
     return [
-        ("requests", f"{len(requests)} submitted: {len(served)} served, {refused} refused"),
+        ("requests", f"{len(requests)} submitted: {len(served)} served, {refused} refused{rest}"),
         ("replay", f"{measures.seconds:.2f} s, {len(samples)} steps"),
         ("steps with prompts", _prompt_steps(samples)),
         ("prompt tokens", f"{prompt_tokens} of served requests, {prompt_tokens / seconds:.0f} a second"),

@@ -173,7 +173,7 @@ class TestScheduler:
         scheduler = Scheduler(pool, max_batch=max_batch, max_context=50, step_tokens=max_batch + prompt_tokens)
         requests = [make_request(index, *size) for index, size in enumerate(sizes)]
         drive(scheduler, requests, pause)
-        check_books(requests, scheduler, interrupted=False)
+        check_books(requests, scheduler, unfinished=False)
         for request in requests:
             fits = len(request.prompt) + max(request.max_new_tokens - 1, 0) <= num_pages * page_size
             short = len(request.prompt) + request.max_new_tokens <= 50
@@ -205,7 +205,7 @@ class TestScheduler:
         assert requests[1].preemptions > 0
         assert scheduler.preemptions == requests[1].preemptions
         assert scheduler.dropped_tokens > 0
-        check_books(requests, scheduler, interrupted=False)
+        check_books(requests, scheduler, unfinished=False)
 
     @pytest.mark.parametrize(
         ("prompt", "answer", "reason"),
@@ -250,7 +250,7 @@ class TestScheduler:
         drive(scheduler, requests)
         falsify(requests, scheduler)
         with pytest.raises(CheckError, match=message):
-            check_books(requests, scheduler, interrupted=False)
+            check_books(requests, scheduler, unfinished=False)
 
 
 @pytest.fixture(scope="module")
@@ -297,7 +297,7 @@ class TestReplay:
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         engine, scheduler, requests, _ = replayed
-        assert check_books(requests, scheduler, interrupted=False).passed
+        assert check_books(requests, scheduler, unfinished=False).passed
         assert serving_check.check_served_tokens(engine, requests, len(requests), Budget(1e9)).passed
         assert serving_check.check_step_attention(engine, 1e9).passed
         read_pages = engine.read_pages
@@ -365,8 +365,8 @@ class TestReplay:
         with Progress(disable=True) as progress:
             replay = serving.run_replay(Interrupted(), scheduler, requests, progress)
         assert replay.interrupted
-        check = check_books(requests, scheduler, interrupted=True)
-        assert "3 unfinished (interrupted)" in check.detail
+        check = check_books(requests, scheduler, unfinished=True)
+        assert "3 unfinished" in check.detail
 
 
 def dense_greedy(engine: Engine, request: Request) -> list[int]:
@@ -395,6 +395,20 @@ class TestCommand:
         assert "4 submitted = 3 served + 1 refused; 16 tokens generated" in printed
         assert "0 during the" in printed
         assert picture.read_bytes().startswith(b"\x89PNG")
+
+    def test_a_time_limit_ends_it_with_all_measures(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        flags = (
+            "--requests 3 --all-at-once --pool-pages 64 --page-size 16 --max-batch 2 --max-context 800 --step-tokens 2 "
+            "--layers 1 --hidden 16 --heads 2 --kv-heads 1 --head-dim 8 --intermediate 16 --vocabulary 32 --no-check "
+            "--time-limit 0.01"
+        )
+        trace = tmp_path / "trace.csv"
+        trace.write_text("\n".join([HEADER, "0,400,400", "0.5,400,400", "1,800,800"]))
+        outputs = ("--trace", str(trace), "--output", str(tmp_path / "timeline.png"))
+        assert serving.main([*flags.split(), *outputs]) == 0
+        printed = capsys.readouterr().out
+        assert re.search(r"3 submitted = 0 served \+ 0 refused \+ 3 unfinished; \d tokens generated", printed)
+        assert "recorded steps timed again" in printed
 
     def test_wrong_trace_is_exit_status_2(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert serving.main(["--trace", str(tmp_path / "absent.csv")]) == serving.EXIT_USAGE
