@@ -74,8 +74,9 @@ def attend(arrays: Mapping[str, Any], sizes: DenseSizes, options: AttentionOptio
             implementation="cudnn",
         )
     except (NotImplementedError, RuntimeError, ValueError) as error:
+        why = str(error).rstrip(".")
         raise NotImplementedError(
-            f'attention[cuda] does not support this call on this machine: {error}; use platform="xla"'
+            f'attention[cuda] does not support this call on this machine: {why}; use platform="xla"'
         ) from error
     # A row without a key: cuDNN saw one of zeros in its place.
     return out if lengths is None else jnp.where((lengths > 0)[:, None, None, None], out, 0)

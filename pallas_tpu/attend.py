@@ -135,6 +135,8 @@ def _token_of_row(tokens: int, group: int) -> jax.Array:
 
 def _dot(left: jax.Array, right: jax.Array, *, contract_keys_dim: int) -> jax.Array:
     """A product in float32; its operands are float32 to full precision, or bfloat16."""
+    if right.shape[0] == 1:  # a single key: Mosaic multiplies by a vector, and mistakes the type where it is bfloat16
+        left, right = left.astype(jnp.float32), right.astype(jnp.float32)
     precision = jax.lax.Precision.HIGHEST if left.dtype == jnp.float32 else None
     dimensions = (((1,), (contract_keys_dim,)), ((), ()))
     return jax.lax.dot_general(left, right, dimensions, precision=precision, preferred_element_type=jnp.float32)

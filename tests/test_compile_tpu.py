@@ -232,6 +232,21 @@ def lowered(operation: str, platform: str | None) -> str:
     return str(jax.jit(call).trace(*arrays).lower(lowering_platforms=("tpu",)).as_text())
 
 
+def test_lowering_of_a_single_key() -> None:
+    """Of which Mosaic makes no product of matrices."""
+    bound = jax.ShapeDtypeStruct((1,), jnp.int32)
+    query, row, page = (
+        jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((1, 2, 64), (1, 1, 1, 64), (5, 1, 1, 64))
+    )
+    table = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    for operation, arrays in (
+        (jax_bridge.ragged_decode_attention, (query, row, row, bound, bound)),
+        (jax_bridge.page_attention, (query, page, page, bound, table)),
+    ):
+        call = jax.jit(functools.partial(operation, platform="pallas"))
+        assert "tpu_custom_call" in call.trace(*arrays).lower(lowering_platforms=("tpu",)).as_text()
+
+
 @each_operation
 @pytest.mark.parametrize("platform", ["auto", "pallas"])
 def test_lowering_for_tpu_from_this_host(operation: str, platform: str) -> None:

@@ -99,7 +99,9 @@ class TestKernel:
     @pytest.mark.parametrize("causal", [False, True])
     @pytest.mark.parametrize("window", [None, (7, 3)], ids=str)
     @pytest.mark.parametrize("masked_by", ["nothing", "segments", "lengths"])
-    def test_keys_that_no_row_sees_may_hold_anything(self, masked_by: str, window: Any, causal: bool) -> None:
+    def test_keys_that_no_row_sees_and_rows_that_see_none_may_hold_anything(
+        self, masked_by: str, window: Any, causal: bool
+    ) -> None:
         (query, key, value), (row_ids, key_ids) = inputs(), segments()
         lengths = np.array([0, 13])
         info = {
@@ -114,7 +116,18 @@ class TestKernel:
         visible = visible & (keys <= rows) if causal else visible
         visible = visible if window is None else visible & (keys >= rows - window[0]) & (keys <= rows + window[1])
         key[~visible.any(1)], value[~visible.any(1)] = np.inf, np.nan
+        query[~visible.any(2)] = np.nan
         assert_close(attend(query, key, value, **options), expected)
+
+    def test_padding_rows_beside_padding_keys_may_hold_nan(self) -> None:
+        (query, key, value), ids = inputs(rows=K), segments(rows=K)[1]
+        info = MaskInfo.from_segments(ids, ids)
+        expected = attend(query, key, value, mask_info=info)
+        assert (ids < 0).any()
+        query[ids < 0] = np.nan
+        got = attend(query, key, value, mask_info=info)
+        assert np.array_equal(got, expected)
+        assert not got[ids < 0].any()
 
     @pytest.mark.parametrize("ordered", [True, False])
     def test_segments_are_attended_apart(self, ordered: bool) -> None:
@@ -142,6 +155,12 @@ class TestKernel:
             row_ids, key_ids = np.uint32(2**32 - 1) - row_ids, np.uint32(2**32 - 1) - key_ids
         info = MaskInfo.from_segments(row_ids, key_ids)
         assert_close(attend(*arrays, mask_info=info), attend(*arrays, mask_info=info, platform="xla"))
+
+    def test_a_segment_does_not_wrap_round_to_padding(self) -> None:
+        row_ids, key_ids = np.full((1, 1), 2**32 - 1, np.uint32), np.full((1, 1), -1, np.int32)
+        for asarray in (np.asarray, jnp.asarray):
+            info = MaskInfo.from_segments(asarray(row_ids), asarray(key_ids))
+            assert not info.get_or_compute_attention_mask().any()
 
     @pytest.mark.parametrize("keys_of", ["numpy", "jax"])
     def test_segments_of_64_bits(self, keys_of: str) -> None:

@@ -13,7 +13,7 @@ from triton_kernels.pages import clamp
 from triton_kernels.rows import head_of_program, keys_of_rows, unpack_rows, visible_keys
 from triton_kernels.schedule import tile_range
 from triton_kernels.scores import LOG2_E
-from triton_kernels.segments import tiles_of_segments
+from triton_kernels.segments import load_row_segments, tiles_of_segments
 
 SEGMENT_TILES = tl.constexpr(256)  # of keys, whose segments a program compares at once
 
@@ -65,9 +65,7 @@ def dense_attention_kernel(
     row_segments = None
     if key_segment_ptr is not None:
         key_tiles: tl.constexpr = (NUM_KEYS + TILE.block_n - 1) // TILE.block_n
-        row_segments = tl.load(
-            row_segment_ptr + batch.to(tl.int64) * QUERIES.num_tokens + tokens, mask=row_mask, other=-1
-        )
+        row_segments = load_row_segments(row_segment_ptr + batch.to(tl.int64) * QUERIES.num_tokens, tokens, row_mask)
         first_of_segments, end_of_segments = tiles_of_segments(
             row_segments, lowest_ptr + batch * key_tiles, highest_ptr + batch * key_tiles, key_tiles, SEGMENT_TILES
         )

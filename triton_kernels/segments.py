@@ -4,15 +4,20 @@ import triton
 import triton.language as tl
 
 NO_SEGMENT = tl.constexpr(2**31 - 1)
+PADDING_ROW = tl.constexpr(-2)  # unlike -1, as keys are marked that no row sees
 
 
 @triton.jit
 def hide_other_segments(scores, key_segments, row_segments):
-    """-inf where a key `[N]` is of another segment than a row `[M]`.
-
-    Keys of segment -1 are not loaded and count as zeros, so that rows of that segment, which see nothing, stay zeros.
-    """
+    """-inf where a key `[N]` is of another segment than a row `[M]`; what is of none equals nothing."""
     return tl.where(row_segments[:, None] == key_segments[None, :], scores, float("-inf"))
+
+
+@triton.jit
+def load_row_segments(row_segment_ptr, rows, mask):
+    """Segments of `rows` `[M]`, PADDING_ROW for those of none: they may hold NaN, so their every score is hidden."""
+    segments = tl.load(row_segment_ptr + rows, mask=mask, other=-1)
+    return tl.where(segments >= 0, segments, PADDING_ROW)
 
 
 @triton.jit
