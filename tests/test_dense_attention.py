@@ -393,7 +393,7 @@ class TestHeuristics:
         assert self.cfg("h100", 3).block_q == 16
 
     def test_keys_that_run_side_by_side_fit_the_cache(self) -> None:
-        assert [self.cfg("h100", rows).kv_heads_at_once for rows in (4096, 16384, 1 << 20)] == [8, 4, 1]
+        assert [self.cfg("h100", rows).kv_heads_at_once for rows in (4096, 12288, 16384, 1 << 20)] == [8, 5, 1, 1]
 
 
 def _narrow(**changes: Any) -> tuple[list[Any], dict[str, Any]]:
