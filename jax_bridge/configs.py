@@ -18,14 +18,15 @@ def _power_of_two(value: int) -> bool:
 
 
 _DOT_BLOCK_RULE = (lambda value: _power_of_two(value) and value >= 16, "a power of two from 16")
+_STAGES_RULE = (lambda value: 1 <= value <= 32, "an integer from 1 to 32")
 _RULES: dict[str, tuple[Callable[[int], bool], str]] = {
     "num_warps": (lambda value: _power_of_two(value) and value <= 32, "a power of two from 1 to 32"),
-    "num_stages": (lambda value: value >= 1, "an integer >= 1"),
+    "num_stages": _STAGES_RULE,
     "num_splits": (lambda value: value >= 0, "an integer >= 0"),
     "num_key_splits": (lambda value: value >= 1, "an integer >= 1"),
     "num_par_softmax_segments": (lambda value: value >= 1, "an integer >= 1"),
     "seq_threshold_3d": (lambda value: value >= 0, "an integer >= 0"),
-    "decode_num_stages": (lambda value: value >= 1, "an integer >= 1"),
+    "decode_num_stages": _STAGES_RULE,
     "decode_programs_per_sm": (lambda value: value >= 1, "an integer >= 1"),
     "programs_per_sm": (lambda value: value >= 1, "an integer >= 1"),
     "min_tiles_per_split": (lambda value: value >= 1, "an integer >= 1"),

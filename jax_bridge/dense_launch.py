@@ -104,7 +104,7 @@ def attend(
     """
     query, key, value = (arrays[name].astype(options.dtype) for name in ("query", "key", "value"))
     sinks = merged_sinks(arrays["softmax_aux"], sizes.num_q_heads, one_a_head=True)
-    tile = _tile(sizes, cfg)
+    tile = _tile(sizes, cfg, options, device)
     scoring = _scoring(options)
     queries = kernels("specialization").Queries(
         num_seqs=sizes.batch,
@@ -156,14 +156,17 @@ def merged_sinks(sinks: jax.Array | None, num_q_heads: int, *, one_a_head: bool)
     return jax.nn.logsumexp(per_head, axis=1) if per_head.shape[1] else None
 
 
-def _tile(sizes: DenseSizes, cfg: AttentionConfig) -> Any:
+def _tile(sizes: DenseSizes, cfg: AttentionConfig, options: AttentionOptions, device: Device) -> Any:
     return build_tile(
+        "attention",
         block_m=chosen(cfg.block_q),
         block_n=chosen(cfg.block_k),
         head_dim=sizes.head_dim,
         value_head_dim=sizes.value_head_dim,
         num_stages=chosen(cfg.num_stages),
         skip_masks=bool(cfg.skip_masks),
+        itemsize=np.dtype(options.dtype).itemsize,
+        device=device,
     )
 
 

@@ -329,12 +329,15 @@ class PagedCall:
 
     def _tile(self, rows: RowClass) -> Any:
         return build_tile(
+            self.operation,
             block_m=rows.block_m,
             block_n=rows.block_n,
             head_dim=self.sizes.head_dim,
             value_head_dim=self.sizes.value_head_dim,
             num_stages=rows.num_stages,
             skip_masks=rows.skip_masks,
+            itemsize=self.operands["k_ptr"].dtype.itemsize,
+            device=self.device,
         )
 
     def _schedule(self, rows: RowClass, work: Work, first_partial: int) -> Any:

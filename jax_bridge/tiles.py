@@ -4,10 +4,11 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jax_bridge.device import current_device
+from jax_bridge.device import Device, current_device
 from jax_bridge.launch import interpreting, kernels
 
 MAX_HEAD_DIM = 512
+_MOST_ELEMENTS = 1 << 20  # of a tensor in Triton
 _FEWEST_REGISTERS = 128  # with fewer the loop over tiles spills
 _FEWEST_REGISTERS_WIDE = 168  # likewise for head dims above 128, and for decoding with an exact soft cap or ALiBi
 _REGISTERS_PER_SM, _MOST_REGISTERS = 65_536, 255
@@ -31,10 +32,34 @@ def widest_head(sizes: Any) -> int:
 
 
 def build_tile(
-    *, block_m: int, block_n: int, head_dim: int, value_head_dim: int, num_stages: int, skip_masks: bool
+    operation: str,
+    *,
+    block_m: int,
+    block_n: int,
+    head_dim: int,
+    value_head_dim: int,
+    num_stages: int,
+    skip_masks: bool,
+    itemsize: int,
+    device: Device,
 ) -> Any:
-    """The `Tile` of a kernel for heads of these widths."""
+    """The `Tile` of a kernel for heads of these widths and keys of `itemsize` bytes an element.
+
+    Raises:
+        ValueError: the device can hold no such tile, which compiling would tell late and in words of Triton.
+    """
     narrowest = _NARROWEST_WGMMA_TILE if block_m >= _WGMMA_ROWS else 0
+    widest = max(narrowest, padded_head_dim(head_dim), padded_head_dim(value_head_dim))
+    asked = f"{operation}: cfg asks for tiles of {block_m} rows and {block_n} keys, with heads {widest} wide:"
+    smaller = "use fewer rows or keys a tile in cfg"
+    elements, key_bytes = max(block_m * block_n, block_m * widest, block_n * widest), block_n * widest * itemsize
+    if elements > _MOST_ELEMENTS:
+        raise ValueError(f"{asked} {elements} elements, expected at most {_MOST_ELEMENTS}; {smaller}")
+    if key_bytes > device.shared_memory and not interpreting():
+        raise ValueError(
+            f"{asked} {key_bytes} bytes of keys in shared memory, expected at most {device.shared_memory} on this "
+            f"device; {smaller}"
+        )
     return kernels("specialization").Tile(
         block_m=block_m,
         block_n=block_n,

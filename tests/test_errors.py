@@ -12,6 +12,7 @@ import pytest
 
 import jax_bridge
 from jax_bridge.registry import OPERATIONS as OBJECTS
+from tests.implementations import implementations_of
 from tests.small_calls import (
     ATTENDING,
     HKV,
@@ -372,7 +373,7 @@ def test_platform_argument_before_configuration(operation: str) -> None:
 def test_configurations_check_their_fields(config_type: Any) -> None:
     bad = {
         "num_warps": (3, 64, 0),
-        "num_stages": (0,),
+        "num_stages": (0, 33),
         "num_splits": (-1,),
         "block_m": (48,),
         "block_q": (0,),
@@ -392,6 +393,22 @@ def test_configurations_check_their_fields(config_type: Any) -> None:
         with pytest.raises(TypeError, match=rf"{config_type.__name__}: {name} is '4', expected"):
             config_type(**{name: "4"})
     assert hash(config_type()) == hash(config_type())
+
+
+TOO_LARGE = {
+    "page_attention": jax_bridge.PageAttentionConfig(block_n=1 << 40),
+    "prefill_page_attention": jax_bridge.PrefillPageAttentionConfig(block_m=1 << 21),
+    "unified_attention": jax_bridge.UnifiedAttentionConfig(decode_block_m=1 << 25),
+    "ragged_decode_attention": jax_bridge.RaggedDecodeAttentionConfig(jax_bridge.FwdParams(kv_blocksize=1 << 25)),
+    "attention": jax_bridge.AttentionConfig(block_q=1 << 25),
+}
+
+
+@pytest.mark.skipif(all(row.platform != "triton" for row in implementations_of("attention")), reason="no Triton")
+@pytest.mark.parametrize("operation", TOO_LARGE)
+def test_tiles_beyond_what_triton_holds_are_refused(operation: str) -> None:
+    with pytest.raises(ValueError, match=rf"{operation}: cfg asks for tiles of .* elements, expected at most 1048576"):
+        run(operation, arguments(operation), platform="triton", cfg=TOO_LARGE[operation])
 
 
 MASK_ERRORS = [

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -11,8 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jax_bridge import PageAttentionConfig
 from jax_bridge.device import KNOWN_DEVICES
 from jax_bridge.launch import Output, interpreting, launch
+from tests.small_calls import arguments, run
 
 pytest.importorskip("triton")
 
@@ -92,6 +95,13 @@ class TestInterpreted:
         np.testing.assert_array_equal(results["y_ptr"], np.full(SIZE, -3.0))
         np.testing.assert_array_equal(total, np.full(SIZE, 3.0))
 
+    def test_lowering_for_a_gpu_is_refused_in_words(self) -> None:
+        call = jax.jit(functools.partial(run, "page_attention", platform="triton")).trace(arguments("page_attention"))
+        with pytest.raises(
+            NotImplementedError, match=r"page_attention\[triton\] .* lowering for CUDA where TRITON_INT"
+        ):
+            call.lower(lowering_platforms=("cuda",))
+
     def test_updates_follow_each_other(self) -> None:
         """Each launch sees what the one before left, under `jit` and in `scan`."""
 
@@ -119,6 +129,13 @@ class TestLowered:
         (call,) = [line for line in text.splitlines() if "@triton_kernel_call" in line]
         assert "output_operand_alias" in call
         assert "output_tuple_indices = [1], operand_index = 1" in call
+
+    def test_tiles_that_no_shared_memory_holds_are_refused_before_they_are_compiled(self) -> None:
+        named = arguments("page_attention")
+        cfg = PageAttentionConfig(block_n=16384)  # of 16 elements in float32: 1 MB
+        call = jax.jit(functools.partial(run, "page_attention", platform="triton", cfg=cfg))
+        with pytest.raises(ValueError, match=r"page_attention: .* 16384 keys.* bytes of keys in shared memory"):
+            call.trace(named)
 
     def test_nothing_is_copied_between_launches(self) -> None:
         """What a launch updates goes to the next as it is."""
