@@ -252,7 +252,10 @@ KERNEL_BUGS: dict[str, KernelBug] = {
         "paged_attention", "done = end + cost + (SCHEDULE.unit - 1)", "done = position + share_length", **BALANCED
     ),
     "row_tile_begins_without_a_tile": _page(
-        "schedule", "(begin + (SCHEDULE.unit - 1)) // share_length", "begin // share_length", **BALANCED
+        "schedule",
+        "(begin + (SCHEDULE.unit - 1)) // share_length",
+        "begin // share_length",
+        changes=BALANCED["changes"] | {"query_lens": (1,) * 3, "kv_lens": (128, 97, 65)},
     ),
     "row_tile_ends_without_a_tile": _page(
         "schedule",
