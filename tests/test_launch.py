@@ -120,8 +120,8 @@ class TestLowered:
     """Lowered for CUDA from this host."""
 
     @staticmethod
-    def text(function: Any) -> str:
-        shapes = [jax.ShapeDtypeStruct((SIZE,), jnp.float32)] * 2
+    def text(function: Any, size: int = SIZE) -> str:
+        shapes = [jax.ShapeDtypeStruct((size,), jnp.float32)] * 2
         return jax.jit(function).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
 
     def test_updated_arrays_alias_results(self) -> None:
@@ -147,3 +147,15 @@ class TestLowered:
         assert text.count("@triton_kernel_call") == 2
         assert "stablehlo.add" not in text
         assert "copy" not in text.partition("@triton_kernel_call")[2]
+
+    @pytest.mark.parametrize("check_vma", [True, False])
+    def test_updates_inside_shard_map(self, check_vma: bool) -> None:
+        mesh = jax.sharding.Mesh(np.asarray(jax.devices()[:2]), ("devices",))
+        parts = jax.sharding.PartitionSpec("devices")
+
+        def both(x: jax.Array, total: jax.Array) -> Any:
+            return accumulate(x, total)["total_ptr"]
+
+        sharded = jax.shard_map(both, mesh=mesh, in_specs=parts, out_specs=parts, check_vma=check_vma)
+        text = self.text(sharded, 2 * SIZE)
+        assert text.count("@triton_kernel_call") == 1
