@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given, note
@@ -29,6 +30,8 @@ def test_implementations_match_the_oracle(operation: str, data: st.DataObject, s
             continue  # every interpreted TPU kernel is a program of its own to compile
         note(str(implementation))
         _check(implementation, call, truth, bounds)
+    if FULL:
+        jax.clear_caches()  # the programs of hundreds of problems are more than a process can map into its memory
 
 
 def _check(implementation: Implementation, call: judge.Call, truth: judge.Result, bounds: tolerances.Bounds) -> None:
