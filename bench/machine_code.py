@@ -68,7 +68,7 @@ class Binary:
     def prefills(self) -> bool:
         """Whether it computes tiles of many rows, beside those of few or alone."""
         tiles = [value for name, value in self.launch.constants.items() if name.endswith("TILE")]
-        return "split_reduce" not in self.kernel and any(tile.skip_masks for tile in tiles)
+        return any(tile.skip_masks for tile in tiles)
 
     def main_loops(self) -> list[tuple[str, str]]:
         """For every innermost loop with a dot product: what stands before it in its block, and its body."""

@@ -28,7 +28,6 @@ _MAX_REDUCE_ELEMENTS = 8192  # float32 partials that a reducing program holds: 6
 _MOST_REDUCE_ELEMENTS = 2 * _MAX_REDUCE_ELEMENTS  # of a single row with many splits; more than that spills
 _MIN_REDUCE_SPLITS = 8
 _REDUCE_WARPS = 4
-_REDUCE_CONSTANTS = ("QUERIES", "CACHE", "SCORING", "V_SCALE_STRIDE")
 ANY_ROWS = 2**31 - 1
 
 
@@ -252,33 +251,30 @@ class PagedCall:
         results: Mapping[str, jax.Array],
     ) -> dict[str, jax.Array]:
         """Merges the partial results of all classes of rows that have some into the output."""
-        parts, programs = [], []
+        reductions = []
         for tile, schedule, work in split:
             block_rows, block_splits = reduce_blocks(work, self.sizes, tile, self.device)
-            parts.append({"TILE": tile, "SCHEDULE": schedule, "BLOCK_ROWS": block_rows, "BLOCK_SPLITS": block_splits})
-            programs.append(work.row_tiles * self.sizes.num_kv_heads * (tile.block_m // block_rows))
-        operands = {
-            **{name: self.operands[name] for name in ("starts_ptr", "lens_ptr", "sink_ptr", "v_scale_ptr")},
-            "partial_out_ptr": results["partial_out_ptr"],
-            "partial_lse_ptr": results["partial_lse_ptr"],
-        }
-        if len(parts) == 1:
-            kernel = kernels("split_reduce").split_reduce_kernel
-            operands["begins_ptr"] = self.begins
-            specialised = parts[0]
-        else:
-            kernel = kernels("split_reduce").mixed_split_reduce_kernel
-            few, many = parts
-            specialised = {f"FEW_{name}": value for name, value in few.items()}
-            specialised |= {f"MANY_{name}": value for name, value in many.items()}
-            specialised["FEW_PROGRAMS"] = programs[0]
+            num_programs = work.row_tiles * self.sizes.num_kv_heads * (tile.block_m // block_rows)
+            reductions.append(
+                kernels("specialization").Reduction(tile, schedule, block_rows, block_splits, num_programs)
+            )
+        first, second = (*reductions, None)[:2]
         return launch(
-            kernel,
+            kernels("split_reduce").split_reduce_kernel,
             outputs={},
-            operands=operands,
+            operands={
+                **{name: self.operands[name] for name in ("starts_ptr", "lens_ptr", "sink_ptr", "v_scale_ptr")},
+                "begins_ptr": self.begins,
+                "partial_out_ptr": results["partial_out_ptr"],
+                "partial_lse_ptr": results["partial_lse_ptr"],
+            },
             updated={"out_ptr": results["out_ptr"], "lse_ptr": results.get("lse_ptr")},
-            constants={**{name: constants[name] for name in _REDUCE_CONSTANTS}, **specialised},
-            num_programs=sum(programs),
+            constants={
+                **{name: constants[name] for name in ("QUERIES", "CACHE", "SCORING", "V_SCALE_STRIDE")},
+                "FIRST": first,
+                "SECOND": second,
+            },
+            num_programs=sum(reduction.num_programs for reduction in reductions),
             num_warps=_REDUCE_WARPS,
             num_stages=1,
             device=self.device,

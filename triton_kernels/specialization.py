@@ -106,3 +106,17 @@ class Schedule:
     def line_type(self) -> tl.dtype:
         """The integers that positions on the line need: divisions of 64 bits take microseconds."""
         return tl.int32 if 2 * self.most_work * self.unit < 2**31 else tl.int64
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """What of a schedule's splits is merged how: `num_programs` programs, each of `block_rows` rows of a row tile.
+
+    A program holds `block_splits` partial results of each row at once.
+    """
+
+    tile: Tile
+    schedule: Schedule
+    block_rows: int
+    block_splits: int
+    num_programs: int

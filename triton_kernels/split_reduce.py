@@ -87,13 +87,13 @@ def reduce_rows(
     QUERIES: tl.constexpr,
     CACHE: tl.constexpr,
     SCORING: tl.constexpr,
-    TILE: tl.constexpr,
-    SCHEDULE: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_SPLITS: tl.constexpr,
+    REDUCTION: tl.constexpr,
 ):
-    """Merge BLOCK_ROWS rows of a row tile in which several shares had a part, add sinks and write the output."""
+    """Merge some rows of a row tile in which several shares had a part, add sinks and write the output."""
     starts_ptr, lens_ptr, begins_ptr, sink_ptr, v_scale_ptr, partial_out_ptr, partial_lse_ptr, out_ptr, lse_ptr = arrays
+    TILE: tl.constexpr = REDUCTION.tile
+    SCHEDULE: tl.constexpr = REDUCTION.schedule
+    BLOCK_ROWS: tl.constexpr = REDUCTION.block_rows
     blocks: tl.constexpr = TILE.block_m // BLOCK_ROWS
     kv_head = program // blocks % QUERIES.num_kv_heads
     number = program // (blocks * QUERIES.num_kv_heads)
@@ -119,7 +119,7 @@ def reduce_rows(
             SCHEDULE,
             CACHE.value_head_dim,
             BLOCK_ROWS,
-            BLOCK_SPLITS,
+            REDUCTION.block_splits,
         )
         tile_row = (first_token + first_row // QUERIES.group_size).to(tl.int64) * QUERIES.num_q_heads
         if lse_ptr is not None:
@@ -157,12 +157,10 @@ def split_reduce_kernel(
     QUERIES: tl.constexpr,
     CACHE: tl.constexpr,
     SCORING: tl.constexpr,
-    TILE: tl.constexpr,
-    SCHEDULE: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_SPLITS: tl.constexpr,
+    FIRST: tl.constexpr,
+    SECOND: tl.constexpr,
 ):
-    """What one schedule split."""
+    """What one schedule split, or the one of sequences of few rows and, by later programs, that of many."""
     arrays = (
         starts_ptr,
         lens_ptr,
@@ -174,70 +172,8 @@ def split_reduce_kernel(
         out_ptr,
         lse_ptr,
     )
-    reduce_rows(
-        tl.program_id(0),
-        arrays,
-        V_SCALE_STRIDE,
-        QUERIES,
-        CACHE,
-        SCORING,
-        TILE,
-        SCHEDULE,
-        BLOCK_ROWS,
-        BLOCK_SPLITS,
-    )
-
-
-@triton.jit
-def mixed_split_reduce_kernel(
-    starts_ptr,  # [S + 1] or None
-    lens_ptr,  # [S]
-    sink_ptr,  # [Hq] or None
-    v_scale_ptr,  # [1] or [Hkv] or None
-    partial_out_ptr,  # [partials, BLOCK_M, Dv] float32
-    partial_lse_ptr,  # [partials, BLOCK_M] float32, base 2
-    out_ptr,  # [T, Hq, Dv]
-    lse_ptr,  # [T, Hq] or None
-    V_SCALE_STRIDE: tl.constexpr,
-    QUERIES: tl.constexpr,
-    CACHE: tl.constexpr,
-    SCORING: tl.constexpr,
-    FEW_TILE: tl.constexpr,
-    FEW_SCHEDULE: tl.constexpr,
-    FEW_BLOCK_ROWS: tl.constexpr,
-    FEW_BLOCK_SPLITS: tl.constexpr,
-    FEW_PROGRAMS: tl.constexpr,
-    MANY_TILE: tl.constexpr,
-    MANY_SCHEDULE: tl.constexpr,
-    MANY_BLOCK_ROWS: tl.constexpr,
-    MANY_BLOCK_SPLITS: tl.constexpr,
-):
-    """What the schedules of sequences of few rows and of those of many split, the former by the first programs."""
-    arrays = (starts_ptr, lens_ptr, None, sink_ptr, v_scale_ptr, partial_out_ptr, partial_lse_ptr, out_ptr, lse_ptr)
     program = tl.program_id(0)
-    if program < FEW_PROGRAMS:
-        reduce_rows(
-            program,
-            arrays,
-            V_SCALE_STRIDE,
-            QUERIES,
-            CACHE,
-            SCORING,
-            FEW_TILE,
-            FEW_SCHEDULE,
-            FEW_BLOCK_ROWS,
-            FEW_BLOCK_SPLITS,
-        )
+    if SECOND is None or program < FIRST.num_programs:
+        reduce_rows(program, arrays, V_SCALE_STRIDE, QUERIES, CACHE, SCORING, FIRST)
     else:
-        reduce_rows(
-            program - FEW_PROGRAMS,
-            arrays,
-            V_SCALE_STRIDE,
-            QUERIES,
-            CACHE,
-            SCORING,
-            MANY_TILE,
-            MANY_SCHEDULE,
-            MANY_BLOCK_ROWS,
-            MANY_BLOCK_SPLITS,
-        )
+        reduce_rows(program - FIRST.num_programs, arrays, V_SCALE_STRIDE, QUERIES, CACHE, SCORING, SECOND)
