@@ -14,9 +14,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.extend.core
 import numpy as np
-from jax.interpreters import batching, mlir
+from jax.interpreters import mlir
 
 from jax_bridge import interpreter
 from jax_bridge.device import Device, current_device
@@ -133,7 +132,6 @@ def launch(
         parameter: None for parameter in (*outputs, *operands, *updated) if parameter not in {**arrays, **written}
     }
     if interpreting():
-        arrays = _for_interpreting(arrays, operation)
         answers = interpreter.run(kernel, written, arrays, tuple(changed), {**absent, **constants}, num_programs)
         return _varying(arrays, answers)
 
@@ -168,48 +166,6 @@ def launch(
         )
     answers = dict(zip(results_in_order, results, strict=True))
     return _varying(arrays, _not_slices(answers) if changed else answers)
-
-
-_interpreted_p = jax.extend.core.Primitive("interpreted")
-"""Operands of a kernel that the interpreter runs, as they are: lowers for CPUs only."""
-_interpreted_p.multiple_results = True
-
-
-@_interpreted_p.def_impl
-def _interpreted(*arrays: jax.Array, operation: str) -> list[jax.Array]:
-    del operation
-    return list(arrays)
-
-
-@_interpreted_p.def_abstract_eval
-def _interpreted_abstractly(*arrays: Any, operation: str) -> list[Any]:
-    del operation
-    return list(arrays)
-
-
-def _batch_interpreted(arrays: Any, axes: Any, *, operation: str) -> Any:
-    return _interpreted_p.bind(*arrays, operation=operation), axes
-
-
-batching.primitive_batchers[_interpreted_p] = _batch_interpreted
-
-
-def _for_interpreting(arrays: dict[str, jax.Array], operation: str) -> dict[str, jax.Array]:
-    """The arrays, in programs that refuse to be lowered for other platforms than the CPU in words of ours."""
-    return dict(zip(arrays, _interpreted_p.bind(*arrays.values(), operation=operation), strict=True))
-
-
-def _lower_interpreted(context: Any, *arrays: Any, operation: str) -> Any:
-    platforms = context.module_context.platforms
-    if platforms == ("cpu",) or len(platforms) > 1:
-        return arrays
-    raise NotImplementedError(
-        f"{operation}[triton] does not support lowering for {platforms[0].upper()} where TRITON_INTERPRET=1 was set "
-        'before the first import: its kernels run in the interpreter of Triton, on CPUs; use platform="xla"'
-    )
-
-
-mlir.register_lowering(_interpreted_p, _lower_interpreted)
 
 
 def _not_slices(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import jax
 import jax.extend
 import jax.numpy as jnp
-from jax.interpreters import batching, mlir
+from jax.interpreters import ad, batching, mlir
 
 from jax_bridge import launch, tuned_configs
 from jax_bridge.configs import PLATFORMS, Config, completed
@@ -376,11 +376,11 @@ def _execute(plan: _Plan, arrays: Mapping[str, Any]) -> Any:
             return jax.tree.map(lambda output: jnp.zeros(output.shape, output.dtype), outputs)
         *kernels, default = (functools.partial(_run_branch, plan, branch) for branch in plan.branches)
         if not kernels:
-            answers, platform = default(arrays), plan.branches[-1].implementation.platform
-            if platform not in _LOWERING_NAMES:
-                return answers
-            alone = functools.partial(_lowered_alone_p.bind, name=f"{plan.operation.name}[{platform}]")
-            return jax.tree.map(alone, answers)
+            platform = plan.branches[-1].implementation.platform
+            if platform in _LOWERING_NAMES:
+                alone = functools.partial(_lowered_alone_p.bind, operation=plan.operation.name, platform=platform)
+                arrays = jax.tree.map(alone, arrays)
+            return default(arrays)
         names = [_LOWERING_NAMES[branch.implementation.platform] for branch in plan.branches[:-1]]
 
         @jax.custom_jvp
@@ -395,19 +395,27 @@ def _execute(plan: _Plan, arrays: Mapping[str, Any]) -> Any:
         return choose(arrays)
 
 
-# Identity on the answers of a kernel asked for by name, which refuses to be lowered for several platforms at once. The
-# kernel itself cannot refuse that: JAX lowers each branch of "auto" for all of them, though it takes it on one only.
+# Identity on the arrays of a kernel asked for by name, which refuses to be lowered for several platforms at once, or
+# where it is interpreted for others than the CPU. The kernel itself cannot refuse the former: JAX lowers each branch of
+# "auto" for all of them, though it takes it on one only.
 _lowered_alone_p = jax.extend.core.Primitive("lowered_alone")
-_lowered_alone_p.def_impl(lambda array, *, name: array)
-_lowered_alone_p.def_abstract_eval(lambda array, *, name: array)
+_lowered_alone_p.def_impl(lambda array, **_: array)
+_lowered_alone_p.def_abstract_eval(lambda array, **_: array)
 batching.defvectorized(_lowered_alone_p)
+ad.primitive_jvps[_lowered_alone_p] = lambda primals, tangents, **of: (_lowered_alone_p.bind(*primals, **of), *tangents)
 
 
-def _lower_alone(context: Any, array: Any, *, name: str) -> Any:
+def _lower_alone(context: Any, array: Any, *, operation: str, platform: str) -> Any:
     platforms = context.module_context.platforms
     if len(platforms) > 1:
         raise NotImplementedError(
-            f'{name} does not support lowering for {" and ".join(platforms)} at once; use platform="auto"'
+            f"{operation}[{platform}] does not support lowering for {' and '.join(platforms)} at once; "
+            'use platform="auto"'
+        )
+    if platform == "triton" and platforms != ("cpu",) and launch.interpreting():
+        raise NotImplementedError(
+            f"{operation}[triton] does not support lowering for {platforms[0].upper()} where TRITON_INTERPRET=1 was "
+            'set before the first import: its kernels run in the interpreter of Triton, on CPUs; use platform="xla"'
         )
     return [array]
 
