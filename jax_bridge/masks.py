@@ -113,9 +113,8 @@ class MaskInfo:
             )
         q_ids = jnp.asarray(self.q_segment_ids)[:, None, :, None]
         kv_ids = jnp.asarray(self.kv_segment_ids)[:, None, None, :]
-        return (
-            (q_ids == kv_ids) & (q_ids >= 0) & (kv_ids >= 0)
-        )  # equal they may be by wrapping round in JAX's promotion
+        # Ids of one sign only may be equal by wrapping round, where JAX brings both to one dtype.
+        return (q_ids == kv_ids) & (q_ids >= 0) & (kv_ids >= 0)
 
 
 def _narrowed_ids(*arrays: Any) -> tuple[Any, ...]:

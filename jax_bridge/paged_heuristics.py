@@ -21,7 +21,7 @@ from jax_bridge.configs import (
 )
 from jax_bridge.device import Device
 from jax_bridge.paged_launch import RowClass
-from jax_bridge.tiles import next_power_of_two, padded_head_dim, widest_head
+from jax_bridge.tiles import MOST_WARPS, next_power_of_two, padded_head_dim, widest_head
 from jax_bridge.validation import PagedSizes
 
 Launches = tuple[tuple[RowClass, ...], ...]
@@ -35,7 +35,6 @@ _SHARES_PER_PROGRAM = 3  # of decoding beside prefilling: how evenly both end
 _MIN_DECODE_TILES = 2  # of keys in a split
 _SIDE_BYTES = 20 << 10  # of shared memory that a decode loop takes beside its tiles, with every feature
 _PREFILL_SIDE_BYTES = 2 << 10  # likewise of a prefill loop, beside its weights
-_MOST_WARPS = 16  # that a multiprocessor has registers for, 128 each thread
 _MIN_PREFILL_TILES = 16  # of keys in a split: fewer are not worth writing partial results of many rows
 
 
@@ -401,8 +400,8 @@ def unified_attention_candidates(
 
 
 def _prefill_variations(heuristic: Any) -> tuple[dict[str, Any], ...]:
-    wider = {"block_m": 2 * heuristic.block_m, "num_warps": min(_MOST_WARPS, 2 * heuristic.num_warps)}
-    wider["programs_per_sm"] = max(1, _MOST_WARPS // wider["num_warps"])
+    wider = {"block_m": 2 * heuristic.block_m, "num_warps": min(MOST_WARPS, 2 * heuristic.num_warps)}
+    wider["programs_per_sm"] = max(1, MOST_WARPS // wider["num_warps"])
     shorter = max(16, heuristic.block_n // 2)
     return (
         {},

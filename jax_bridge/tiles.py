@@ -12,6 +12,7 @@ _MOST_ELEMENTS = 1 << 20  # of a tensor in Triton
 _FEWEST_REGISTERS = 128  # with fewer the loop over tiles spills
 _FEWEST_REGISTERS_WIDE = 168  # likewise for head dims above 128, and for decoding with an exact soft cap or ALiBi
 _REGISTERS_PER_SM, _MOST_REGISTERS = 65_536, 255
+MOST_WARPS = _REGISTERS_PER_SM // (32 * _FEWEST_REGISTERS)  # that a multiprocessor has enough registers for
 # Triton's wgmma has read past tiles with narrower rows (triton#10573, #11366); 3.9 is not known to be free of it.
 _NARROWEST_WGMMA_TILE, _WGMMA_ROWS = 64, 64
 
@@ -49,7 +50,8 @@ def build_tile(
         ValueError: the device can hold no such tile, which compiling would tell late and in words of Triton.
     """
     narrowest = _NARROWEST_WGMMA_TILE if block_m >= _WGMMA_ROWS else 0
-    widest = max(narrowest, padded_head_dim(head_dim), padded_head_dim(value_head_dim))
+    block_d, block_dv = (max(narrowest, padded_head_dim(width)) for width in (head_dim, value_head_dim))
+    widest = max(block_d, block_dv)
     asked = f"{operation}: cfg asks for tiles of {block_m} rows and {block_n} keys, with heads {widest} wide:"
     smaller = "use fewer rows or keys a tile in cfg"
     elements, key_bytes = max(block_m * block_n, block_m * widest, block_n * widest), block_n * widest * itemsize
@@ -63,8 +65,8 @@ def build_tile(
     return kernels("specialization").Tile(
         block_m=block_m,
         block_n=block_n,
-        block_d=max(narrowest, padded_head_dim(head_dim)),
-        block_dv=max(narrowest, padded_head_dim(value_head_dim)),
+        block_d=block_d,
+        block_dv=block_dv,
         num_stages=num_stages,
         skip_masks=skip_masks,
     )

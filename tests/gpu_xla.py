@@ -65,7 +65,7 @@ class Instruction:
     text: str
 
 
-class Program:
+class Compiled:
     """What XLA made of a program, read from its text."""
 
     _COMPUTATION = re.compile(r"(?:ENTRY )?%(\S+) \(.*\{$")
@@ -112,13 +112,13 @@ def is_available() -> bool:
     return importlib.util.find_spec("jax_plugins") is not None and importlib.util.find_spec(PLUGIN) is not None
 
 
-def compiled(name: str, *, with_barriers: bool = True) -> Program:
+def compiled(name: str, *, with_barriers: bool = True) -> Compiled:
     """A program; those without the barriers of `jax_bridge.launch` are there for the names in `UNGUARDED` only."""
     return _compiled()[name if with_barriers else f"{name} {_UNGUARDED}"]
 
 
 @functools.cache
-def _compiled() -> dict[str, Program]:
+def _compiled() -> dict[str, Compiled]:
     with tempfile.TemporaryDirectory() as scratch:
         environment = os.environ | {
             "JAX_BRIDGE_CACHE_DIR": scratch,
@@ -130,7 +130,7 @@ def _compiled() -> dict[str, Program]:
         command = [sys.executable, "-m", "tests.gpu_xla"]
         done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-5000:]
-    return {name: Program(text) for name, text in json.loads(done.stdout).items()}
+    return {name: Compiled(text) for name, text in json.loads(done.stdout).items()}
 
 
 def _h100() -> Sharding:

@@ -184,6 +184,10 @@ CACHE_PLATFORMS: tuple[str, ...] = ("xla", "triton") if importlib.util.find_spec
 """The platforms that write caches and merge states."""
 
 
+HAS_KERNEL = any(row.platform == "triton" and row.runs_here() for row in IMPLEMENTATIONS)
+"""Whether there is Triton."""
+
+
 def implementations_of(*operations: str) -> tuple[Implementation, ...]:
     """The rows that run here, of some operations or of all."""
     return tuple(row for row in IMPLEMENTATIONS if row.runs_here() and (not operations or row.operation in operations))

@@ -14,11 +14,10 @@ from jax.test_util import check_grads
 import jax_bridge
 from jax_bridge import AttentionConfig, MaskInfo
 from jax_bridge.device import KNOWN_DEVICES, target_device
-from tests.implementations import MARKS, ON_GPU, implementations_of, small_tiles
+from tests.implementations import HAS_KERNEL, MARKS, ON_GPU, small_tiles
 
 pytestmark = [*MARKS, pytest.mark.usefixtures("small_device")]
 
-HAS_KERNEL = any(row.platform == "triton" for row in implementations_of("attention"))
 kernel_runs = pytest.mark.skipif(not HAS_KERNEL, reason="no Triton")
 
 B, Q, K, HQ, HKV, D, DV = 2, 13, 40, 6, 2, 16, 24
