@@ -89,9 +89,9 @@ KERNEL_BUGS: dict[str, KernelBug] = {
     "hide_one_too_many": _page("scores", "keys[None, :] >= row_begin", "keys[None, :] > row_begin", "window_splits"),
     "hide_with_finite_value": _page("scores", 'scores, float("-inf")', "scores, -1.0"),
     "no_cap": _page(
-        "attend",
-        "scores = soft_cap(scores, score_scale, SCORING.soft_cap, q.dtype == tl.float32)",
-        "scores = scores * (score_scale * LOG2_E)",
+        "scores",
+        "logits = soft_cap(products, scale, SCORING.soft_cap, IS_EXACT)",
+        "logits = products * (scale * LOG2_E)",
     ),
     "alibi_mirrored": _page("scores", "keys[None, :] - positions[:, None]", "positions[:, None] - keys[None, :]"),
     "k_scale_of_first_head": _page("paged_attention", "kv_head * K_SCALE_STRIDE", "kv_head * 0", "head_scale"),
@@ -242,7 +242,7 @@ KERNEL_BUGS: dict[str, KernelBug] = {
         "sinks_splits",
     ),
     "first_rows_reduced_alone": _page(
-        "split_reduce", "program % blocks * BLOCK_ROWS", "0", changes={"num_kv_heads": 1}
+        "split_reduce", "program % blocks * BLOCK_ROWS", "0", changes={"num_q_heads": 8, "num_kv_heads": 1}
     ),
     "partials_of_both_classes_in_one_place": _unified(
         "schedule", "return SCHEDULE.first_partial + number", "return number", "long_prompt", fields=SPLIT
@@ -305,8 +305,11 @@ KERNEL_BUGS: dict[str, KernelBug] = {
     "ranges_unknown_to_the_reduction": KernelBug(
         "split_reduce",
         (
-            ("measure_shares(starts_ptr, lens_ptr, begins_ptr,", "measure_shares(starts_ptr, lens_ptr, None,"),
-            ("cost, starts_ptr, lens_ptr, begins_ptr,", "cost, starts_ptr, lens_ptr, None,"),
+            (
+                "measure_shares(lanes, starts_ptr, lens_ptr, begins_ptr,",
+                "measure_shares(lanes, starts_ptr, lens_ptr, None,",
+            ),
+            ("cost, lanes, starts_ptr, lens_ptr, begins_ptr,", "cost, lanes, starts_ptr, lens_ptr, None,"),
         ),
         "ragged_decode_attention",
         "shared_sinks",

@@ -17,5 +17,6 @@ def share_length_kernel(  # type: ignore[no-untyped-def]
     SCHEDULE: tl.constexpr,
 ):
     """Length of a share, in units of the line."""
-    length, _ = measure_shares(None, lens_ptr, begins_ptr, QUERIES, SCORING, TILE, SCHEDULE)
+    lanes = tl.arange(0, SCHEDULE.block_s)
+    length, _ = measure_shares(lanes, None, lens_ptr, begins_ptr, QUERIES, SCORING, TILE, SCHEDULE)
     tl.store(length_ptr, length)

@@ -5,7 +5,7 @@ import triton.language as tl
 
 from triton_kernels.online_softmax import online_softmax
 from triton_kernels.pages import key_offsets, load_page_ids, load_tile
-from triton_kernels.scores import LOG2_E, alibi, hide, in_base_2, qq_bias, soft_cap
+from triton_kernels.scores import LOG2_E, alibi, base_2_logits, hide, in_base_2, qq_bias
 from triton_kernels.segments import hide_other_segments
 
 
@@ -70,18 +70,11 @@ def attend(
             page_ids = load_page_ids(table_ptr, start + TILE.block_n, key_begin, key_end, CACHE, TILE.block_n)
 
         scores = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
-        if SCORING.scale_is_folded:
-            unit = score_scale
-        else:
-            unit = 1.0
-            if SCORING.soft_cap is None:
-                scores = scores * (score_scale * LOG2_E)
-            else:
-                scores = soft_cap(scores, score_scale, SCORING.soft_cap, q.dtype == tl.float32)
-            if slopes is not None:
-                scores += alibi(slopes, keys, row_positions) * LOG2_E
-            if qq_bias_ptr is not None:
-                scores += in_base_2(qq_bias(qq_bias_ptr, keys - context, row_positions - context, SCORING.qq_size))
+        scores, unit = base_2_logits(scores, score_scale, SCORING, q.dtype == tl.float32)
+        if slopes is not None:
+            scores += alibi(slopes, keys, row_positions) * LOG2_E
+        if qq_bias_ptr is not None:
+            scores += in_base_2(qq_bias(qq_bias_ptr, keys - context, row_positions - context, SCORING.qq_size))
         if TILE.skip_masks:
             if (start < whole_begin) | (start + TILE.block_n > whole_end):
                 scores = hide(scores, keys, row_begin, row_end)

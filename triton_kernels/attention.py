@@ -104,6 +104,7 @@ def dense_attention_kernel(
         out_rows,
         heads,
         row_mask,
+        tl.arange(0, TILE.block_dv),
         sink_ptr,
         None,
         out_ptr + tile_row * CACHE.value_head_dim,
@@ -111,5 +112,4 @@ def dense_attention_kernel(
         0,
         QUERIES.group_size,
         CACHE.value_head_dim,
-        TILE.block_dv,
     )

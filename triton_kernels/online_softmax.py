@@ -54,6 +54,7 @@ def store_rows(
     out_rows,  # [M]
     heads,  # [M] query heads
     mask,  # [M]
+    dims,  # [BLOCK_DV] 0, 1, 2 and so on
     sink_ptr,  # [Hq] or None
     v_scale_ptr,  # [1] or [Hkv] or None
     out_ptr,  # [rows, Dv]
@@ -61,7 +62,6 @@ def store_rows(
     V_SCALE_STRIDE: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
     VALUE_HEAD_DIM: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
 ):
     """Finish rows that have seen all their keys: sinks once, normalise, scale, write the output and the natural LSE."""
     if sink_ptr is not None:
@@ -71,7 +71,6 @@ def store_rows(
     out = divide_by_sum(acc, row_sum)
     if v_scale_ptr is not None:
         out = out * tl.load(v_scale_ptr + heads // GROUP_SIZE * V_SCALE_STRIDE, mask=mask, other=0.0)[:, None]
-    dims = tl.arange(0, BLOCK_DV)
     tl.store(
         out_ptr + out_rows[:, None] * VALUE_HEAD_DIM + dims[None, :],
         out.to(out_ptr.dtype.element_ty),

@@ -138,6 +138,7 @@ def attend_row_tile(
         SCORING,
         TILE,
     )
+    value_dims = tl.arange(0, TILE.block_dv)
     if SCHEDULE.num_splits == 1 or num_splits == 1:
         store_rows(
             row_max,
@@ -146,6 +147,7 @@ def attend_row_tile(
             out_rows,
             heads,
             row_mask,
+            value_dims,
             sink_ptr,
             v_scale_ptr,
             out_ptr,
@@ -153,7 +155,6 @@ def attend_row_tile(
             V_SCALE_STRIDE,
             QUERIES.group_size,
             CACHE.value_head_dim,
-            TILE.block_dv,
         )
     else:
         store_partial(
@@ -161,12 +162,13 @@ def attend_row_tile(
             row_sum,
             acc,
             partial_number(share, first_share, SCHEDULE) * QUERIES.num_kv_heads + kv_head,
+            rows - first_row,
             row_mask,
+            value_dims,
             partial_out_ptr,
             partial_lse_ptr,
             CACHE.value_head_dim,
             TILE.block_m,
-            TILE.block_dv,
         )
 
 
@@ -193,8 +195,9 @@ def attend_next(
 
     Returns where the share may go on: no later row tile has a KV tile before.
     """
+    lanes = tl.arange(0, SCHEDULE.block_s)
     segment, first_token, num_tokens, first_key, num_keys, first_row, begin, end = find_row_tile(
-        position, cost, starts_ptr, lens_ptr, begins_ptr, QUERIES, SCORING, TILE, SCHEDULE, BY_NUMBER=False
+        position, cost, lanes, starts_ptr, lens_ptr, begins_ptr, QUERIES, SCORING, TILE, SCHEDULE, BY_NUMBER=False
     )
     first_share, last_share = shares_of(begin, end, share_length, SCHEDULE)
     done = position + share_length
@@ -315,7 +318,8 @@ def attend_shares(
     SCHEDULE: tl.constexpr,
 ):
     """Do what falls to `program`: the share of its number, or those that the counter at `ticket_ptr` hands out."""
-    share_length, cost = measure_shares(starts_ptr, lens_ptr, begins_ptr, QUERIES, SCORING, TILE, SCHEDULE)
+    lanes = tl.arange(0, SCHEDULE.block_s)
+    share_length, cost = measure_shares(lanes, starts_ptr, lens_ptr, begins_ptr, QUERIES, SCORING, TILE, SCHEDULE)
     if ticket_ptr is None:
         attend_share(
             program // QUERIES.num_kv_heads,

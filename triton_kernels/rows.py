@@ -29,7 +29,7 @@ def unpack_rows(rows, first_row, kv_head, num_tokens, QUERIES: tl.constexpr):
 @triton.jit
 def keys_of_rows(positions, num_keys, SCORING: tl.constexpr):
     """The keys `[begin, end)` that each row of `positions` `[M]` sees."""
-    row_begin = tl.zeros_like(positions)
+    row_begin = positions * 0
     row_end = row_begin + num_keys
     if SCORING.window_left is not None:
         row_begin = positions - SCORING.window_left

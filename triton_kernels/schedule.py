@@ -4,6 +4,8 @@ The row tiles of all segments lie on a line, one after another, each as long as 
 of beginning it. A balanced schedule cuts the line into equal shares, wherever the cuts fall: a share may hold the end
 of a row tile, some whole ones and the beginning of another. A forced one cuts every row tile into so many splits, and
 each is a share, whatever the batch is.
+
+Callers hand over the lanes that count segments: so Triton and Gluon, whose ranges need layouts, share these functions.
 """
 
 import triton
@@ -83,6 +85,7 @@ def line_lengths(key_tiles, cost, SCHEDULE: tl.constexpr):
 
 @triton.jit
 def measure_shares(
+    lanes,  # [BLOCK_S] 0, 1, 2 and so on
     starts_ptr,
     lens_ptr,
     begins_ptr,
@@ -95,11 +98,11 @@ def measure_shares(
     if not SCHEDULE.is_balanced:
         return 1, 0
     else:
-        total = tl.zeros([SCHEDULE.block_s], SCHEDULE.line_type)
-        count = tl.zeros([SCHEDULE.block_s], SCHEDULE.line_type)
-        longest = tl.zeros([SCHEDULE.block_s], tl.int32)
+        longest = lanes * 0
+        total = longest.to(SCHEDULE.line_type)
+        count = longest.to(SCHEDULE.line_type)
         for start in range(0, QUERIES.num_segments, SCHEDULE.block_s):
-            segments = start + tl.arange(0, SCHEDULE.block_s)
+            segments = start + lanes
             _, num_tokens, first_key, num_keys = load_segments(
                 segments, starts_ptr, lens_ptr, begins_ptr, QUERIES, SCHEDULE.max_keys
             )
@@ -126,6 +129,7 @@ def measure_shares(
 def find_row_tile(
     wanted,
     cost,
+    lanes,  # [BLOCK_S] 0, 1, 2 and so on
     starts_ptr,
     lens_ptr,
     begins_ptr,
@@ -146,13 +150,13 @@ def find_row_tile(
         begin = segment * tiles_each
         tiles_before = begin
     else:
-        one_more = tl.zeros([], tl.int32)
-        begin = tl.zeros([], SCHEDULE.line_type)
-        line = tl.zeros([], SCHEDULE.line_type)
-        tiles_before = tl.zeros([], tl.int32)
-        tiles = tl.zeros([], tl.int32)
+        begin = tl.cast(wanted, SCHEDULE.line_type) * 0
+        line = begin
+        one_more = begin.to(tl.int32)
+        tiles_before = one_more
+        tiles = one_more
         for start in range(0, QUERIES.num_segments, SCHEDULE.block_s):
-            segments = start + tl.arange(0, SCHEDULE.block_s)
+            segments = start + lanes
             _, num_tokens, first_key, num_keys = load_segments(
                 segments, starts_ptr, lens_ptr, begins_ptr, QUERIES, SCHEDULE.max_keys
             )

@@ -40,6 +40,20 @@ def soft_cap(products, scale, CAP: tl.constexpr, IS_EXACT: tl.constexpr):
 
 
 @triton.jit
+def base_2_logits(products, scale, SCORING: tl.constexpr, IS_EXACT: tl.constexpr):
+    """Dot products as base-2 logits but for a factor, and the factor: all of the scale, where it may wait."""
+    logits = products
+    unit = scale
+    if not SCORING.scale_is_folded:
+        unit = 1.0
+        if SCORING.soft_cap is None:
+            logits = products * (scale * LOG2_E)
+        else:
+            logits = soft_cap(products, scale, SCORING.soft_cap, IS_EXACT)
+    return logits, unit
+
+
+@triton.jit
 def in_base_2(logits):
     """Natural logits that a caller gives, in base 2; finite ones stay finite, cut to what float32 holds if need be."""
     scaled = logits * LOG2_E

@@ -19,16 +19,16 @@ def store_partial(
     row_sum,  # [BLOCK_M]
     acc,  # [BLOCK_M, BLOCK_DV]
     partial,
+    tile_rows,  # [BLOCK_M] rows of the row tile
     row_mask,  # [BLOCK_M]
-    partial_out_ptr,  # [partials, BLOCK_M, Dv] float32
-    partial_lse_ptr,  # [partials, BLOCK_M] float32, base 2
+    dims,  # [BLOCK_DV] 0, 1, 2 and so on
+    partial_out_ptr,  # [partials, rows of a row tile, Dv] float32
+    partial_lse_ptr,  # [partials, rows of a row tile] float32, base 2
     VALUE_HEAD_DIM: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
 ):
     """Write a row state as partial result number `partial`."""
-    rows = tl.cast(partial, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    dims = tl.arange(0, BLOCK_DV)
+    rows = tl.cast(partial, tl.int64) * TILE_ROWS + tile_rows
     tl.store(
         partial_out_ptr + rows[:, None] * VALUE_HEAD_DIM + dims[None, :],
         divide_by_sum(acc, row_sum),
@@ -97,9 +97,10 @@ def reduce_rows(
     blocks: tl.constexpr = TILE.block_m // BLOCK_ROWS
     kv_head = program // blocks % QUERIES.num_kv_heads
     number = program // (blocks * QUERIES.num_kv_heads)
-    share_length, cost = measure_shares(starts_ptr, lens_ptr, begins_ptr, QUERIES, SCORING, TILE, SCHEDULE)
+    lanes = tl.arange(0, SCHEDULE.block_s)
+    share_length, cost = measure_shares(lanes, starts_ptr, lens_ptr, begins_ptr, QUERIES, SCORING, TILE, SCHEDULE)
     segment, first_token, num_tokens, _, _, first_row, begin, end = find_row_tile(
-        number, cost, starts_ptr, lens_ptr, begins_ptr, QUERIES, SCORING, TILE, SCHEDULE, BY_NUMBER=True
+        number, cost, lanes, starts_ptr, lens_ptr, begins_ptr, QUERIES, SCORING, TILE, SCHEDULE, BY_NUMBER=True
     )
     first_share, last_share = shares_of(begin, end, share_length, SCHEDULE)
     rows = program % blocks * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
@@ -131,6 +132,7 @@ def reduce_rows(
             out_rows,
             heads,
             row_mask,
+            tl.arange(0, TILE.block_dv),
             sink_ptr,
             v_scale_ptr,
             out_ptr + tile_row * CACHE.value_head_dim,
@@ -138,7 +140,6 @@ def reduce_rows(
             V_SCALE_STRIDE,
             QUERIES.group_size,
             CACHE.value_head_dim,
-            TILE.block_dv,
         )
 
 
