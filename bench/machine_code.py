@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+import statistics
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
@@ -13,8 +14,10 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import triton
+from jax_triton import TensorDescriptor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
 from jax_bridge.device import Device
 from jax_bridge.launch import backend_options
@@ -58,6 +61,8 @@ class Binary:
     """Waits for them: as many as there are of them where registers do not suffice to have several under way."""
     mma: int
     cp_async: int
+    tma: int
+    """Boxes that the TMA fetches."""
     wide_loads: int
     wide_stores: int
     narrow_stores: int
@@ -104,7 +109,7 @@ def recorded_launches(*modules: Any) -> Iterator[list[Launch]]:
         written = {name: output for name, output in outputs.items() if output is not None}
         arrays = {**written, **{name: array for name, array in operands.items() if array is not None}}
         absent = {name: None for name in (*outputs, *operands) if name not in arrays}
-        dtypes = {name: f"*{_TYPES[jnp.dtype(array.dtype).name]}" for name, array in arrays.items()}
+        dtypes = {name: _type_of(array) for name, array in arrays.items()}
         compiler = (options["num_warps"], options["num_stages"], options.get("max_registers"))
         launches.append(Launch(kernel, dtypes, {**constants, **absent}, *compiler))
         changed = {name: array for name, array in updated.items() if array is not None}
@@ -114,6 +119,14 @@ def recorded_launches(*modules: Any) -> Iterator[list[Launch]]:
         for module in modules:
             stack.enter_context(mock.patch.object(module, "launch", record))
         yield launches
+
+
+def _type_of(array: Any) -> str:
+    """Triton's name for the type of an operand."""
+    if isinstance(array, TensorDescriptor):
+        element, block = _TYPES[jnp.dtype(array.base.dtype).name], ",".join(map(str, array.block_shape))
+        return f"tensordesc<{element}[{block}],{array.layout!r}>"
+    return f"*{_TYPES[jnp.dtype(array.dtype).name]}"
 
 
 def launches_of(function: Callable[..., Any], *arguments: Any, modules: tuple[Any, ...]) -> list[Launch]:
@@ -135,11 +148,14 @@ def target_of(device: Device) -> GPUTarget:
 def compile_launch(launch: Launch, target: GPUTarget) -> Binary:
     """Compiles a launch; machine code is read for NVIDIA targets only."""
     names = launch.kernel.arg_names
-    source = ASTSource(
+    source_type = GluonASTSource if launch.kernel.is_gluon() else ASTSource
+    source = source_type(
         launch.kernel,
         {name: launch.dtypes.get(name, "constexpr") for name in names},
         constexprs={(names.index(name),): value for name, value in launch.constants.items()},
-        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in launch.dtypes},
+        attrs={
+            (names.index(name),): [["tt.divisibility", 16]] for name, dtype in launch.dtypes.items() if dtype[0] == "*"
+        },
     )
     options = {
         "num_warps": launch.num_warps,
@@ -155,17 +171,25 @@ def compile_launch(launch: Launch, target: GPUTarget) -> Binary:
         registers=_figure("REG", usage),
         stack=_figure("STACK", usage),
         shared=compiled.metadata.shared,
-        depth=max(buffers, default=0),
+        depth=_depth(buffers, launch),
         wgmma=sass.count("HGMMA"),
         wgmma_waits=sass.count("WARPGROUP.DEPBAR"),
         mma=sass.count("HMMA"),
         cp_async=sass.count("LDGSTS"),
+        tma=sass.count("UTMALDG"),
         wide_loads=len(re.findall(r"LDG\.E[.\w]*\.128", sass)),
         wide_stores=len(re.findall(r"STG\.E[.\w]*\.128", sass)),
         narrow_stores=len(re.findall(r"STG\.E(?![.\w]*\.128)", sass)),
         ttgir=ttgir,
         launch=launch,
     )
+
+
+def _depth(buffers: list[int], launch: Launch) -> int:
+    """How many tiles the buffers hold that K and V have; of Gluon's the queries' is another one."""
+    if not buffers:
+        return 0
+    return statistics.mode(buffers) if launch.kernel.is_gluon() else max(buffers)
 
 
 def _figure(name: str, usage: str) -> int:

@@ -48,6 +48,11 @@ class Device:
     vendor: str = "nvidia"
 
     @property
+    def specializes_warps(self) -> bool:
+        """Whether it has warpgroups with matrix products of their own, and a TMA: Hopper, and no other."""
+        return self.vendor == "nvidia" and self.compute_capability == 90
+
+    @property
     def architecture(self) -> str:
         """As compilers name it: `"sm_90"`, `"gfx942"`."""
         return f"{'sm_' if self.vendor == 'nvidia' else 'gfx'}{self.compute_capability}"

@@ -9,6 +9,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -24,6 +25,8 @@ Output = jax.ShapeDtypeStruct
 _MAX_GRID = 2**31 - 1
 _KERNEL_PROJECT = "jax-paged-attention"
 OLDEST_TRITON = (3, 7)
+_OLDEST_GLUON = (3, 9)
+_COMPILE_TO_PTX = "compile_ttir_to_ptx_inplace"  # of jax-triton 0.4.1
 
 
 @functools.cache
@@ -59,6 +62,33 @@ def interpreting() -> bool:
 
 
 @functools.cache
+def lacks_gluon() -> str | None:
+    """Words for why no kernel in Gluon can run here, or None."""
+    if interpreting():
+        return "Triton's interpreter"
+    try:
+        triton_lib = _jax_triton().triton_lib
+    except ImportError:
+        return "environments without Triton and jax-triton"
+    if _triton_version() < _OLDEST_GLUON:
+        return f"Triton before {'.'.join(map(str, _OLDEST_GLUON))}"
+    if not hasattr(triton_lib, _COMPILE_TO_PTX):
+        return "this version of jax-triton"
+    library = triton_lib.triton_kernel_call_lib
+    describes = library is None or hasattr(library, "create_tma_descriptor_parameter")
+    return None if describes else "jaxlib before 0.11.1"
+
+
+def descriptor(array: Any, shape: tuple[int, int], block_shape: tuple[int, int], layout: Any) -> Any:
+    """An array as a row-major matrix of `shape`, from which the TMA fetches blocks into shared memory of `layout`."""
+    return _jax_triton().TensorDescriptor(array, shape, (shape[1], 1), block_shape, layout)
+
+
+def _triton_version() -> tuple[int, ...]:
+    return tuple(int(part) for part in importlib.metadata.version("triton").split(".")[:2])
+
+
+@functools.cache
 def kernels(module: str) -> Any:
     """Module `module` of our `triton_kernels`, imported when first needed.
 
@@ -91,13 +121,13 @@ def launch(
     """Runs `kernel` on a one-dimensional grid.
 
     Args:
-        kernel: A `@triton.jit` function.
+        kernel: A `@triton.jit` or `@gluon.jit` function.
         outputs: Shape and dtype of every output parameter; None where the kernel is not to write it. Outputs start
             uninitialised (under the interpreter: full of NaN).
-        operands: Array of every input parameter, or None.
+        operands: Array of every input parameter, or its `descriptor`, or None.
         constants: Value of every constexpr parameter.
         num_programs: Size of the grid.
-        num_warps: Warps a program.
+        num_warps: Warps a program; if some are specialised, those that are there before.
         num_stages: Depth of the software pipeline.
         device: The GPU to compile for.
         operation: The operation that launches, for profiles and errors.
@@ -193,7 +223,7 @@ def backend_options(max_registers: int | None) -> dict[str, Any]:
 
 def _varying(operands: Mapping[str, jax.Array], results: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """Results marked as varying over the axes of `shard_map` that any operand varies over; calls leave that out."""
-    types = [jax.typeof(array) for array in operands.values()]
+    types = [jax.typeof(array) for array in jax.tree.leaves(operands)]
     axes = frozenset().union(*(t.manual_axis_type.varying for t in types))
     if not axes:
         return results
@@ -239,9 +269,8 @@ def _jax_triton() -> Any:
     """jax_triton, checked, without its side effect on the environment, and with our checks on what it compiles."""
     cache_directory = os.environ.get("TRITON_CACHE_DIR")
     try:
-        version = importlib.metadata.version("triton")
-        if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TRITON:
-            raise ImportError(f"triton {version} is installed")  # jax_triton would import and fail when it lowers
+        if _triton_version() < OLDEST_TRITON:  # jax_triton would import and fail when it lowers
+            raise ImportError(f"triton {importlib.metadata.version('triton')} is installed")
         import jax_triton
         from jax_triton import triton_lib
     except Exception as error:  # versions that do not fit fail in many ways, AttributeError among them
@@ -253,6 +282,8 @@ def _jax_triton() -> Any:
             os.environ["TRITON_CACHE_DIR"] = cache_directory
     if triton_lib.triton_kernel_call_lib is not None:
         triton_lib.triton_kernel_call_lib = _CheckedLibrary(triton_lib.triton_kernel_call_lib)
+    if (compile_to_ptx := getattr(triton_lib, _COMPILE_TO_PTX, None)) is not None:
+        setattr(triton_lib, _COMPILE_TO_PTX, functools.partial(_compile_to_ptx, compile_to_ptx))
     for platform in ("cpu", "tpu"):
         mlir.register_lowering(triton_lib.triton_kernel_call_p, functools.partial(_refuse_platform, platform), platform)
     return jax_triton
@@ -269,6 +300,32 @@ def _refuse_platform(platform: str, context: Any, *operands: Any, name: str, **p
     )
 
 
+def _compile_to_ptx(compile_to_ptx: Callable[..., Any], module: Any, backend: Any, *options: Any) -> Any:
+    """jax-triton's way from a module to PTX, but through Gluon's passes where layouts are there already.
+
+    jax-triton 0.4.1 takes every module through the passes that choose layouts: those of stores then need as much shared
+    memory as the accumulators.
+    """
+    has_layouts = module.get_int_attr("ttg.num-warps") is not None
+    return compile_to_ptx(module, _GluonPasses(backend) if has_layouts else backend, *options)
+
+
+class _GluonPasses:
+    """A backend of Triton's compiler for modules that come from Gluon."""
+
+    def __init__(self, backend: Any) -> None:
+        self._backend = backend
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._backend, name)
+
+    def make_ttir(self, module: Any, *_: Any) -> Any:
+        return module
+
+    def make_ttgir(self, module: Any, *options: Any) -> Any:
+        return self._backend.gluon_to_ttgir(module, *options)
+
+
 class _CheckedLibrary:
     """jaxlib's launcher, given no more than it needs, and no kernel that would lack shared memory at launch."""
 
@@ -281,6 +338,9 @@ class _CheckedLibrary:
     def TritonKernel(
         self, name: str, num_warps: int, num_ctas: int, shared: int, ptx: str, ttir: str, *rest: Any
     ) -> Any:
+        # Specialised warps come on top of those that the launch asks for.
+        threads = re.search(r"^\.reqntid (\d+)", ptx, re.MULTILINE)
+        num_warps = int(threads[1]) // 32 if threads else num_warps
         limit = current_device().shared_memory
         if shared > limit:
             raise ValueError(
