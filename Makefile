@@ -30,7 +30,7 @@ test: $(INSTALLED)
 	TRITON_INTERPRET=1 XLA_FLAGS="$$XLA_FLAGS --xla_backend_optimization_level=0" \
 	    $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not compile" $(ARGS)
 	env -u TRITON_INTERPRET $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m compile \
-	    tests/test_compile_gpu.py tests/test_compile_attention.py tests/test_compile_cache.py \
+	    tests/test_compile_gpu.py tests/test_compile_hopper.py tests/test_compile_attention.py tests/test_compile_cache.py \
 	    tests/test_compile_xla.py tests/test_static_baseline.py tests/test_explain.py tests/test_launch.py
 	$(MAKE) bench-cpu
 

@@ -29,7 +29,7 @@ BASELINE = Path(__file__).parent / "baselines" / "static.json"
 ARCHITECTURES = {"sm_80": "a100", "sm_90": "h100", "sm_100": "b200"}
 
 LESS_IS_BETTER = ("registers", "stack", "shared", "wgmma_waits")
-MORE_IS_BETTER = ("depth", "wgmma", "mma", "cp_async", "skipping_loops")
+MORE_IS_BETTER = ("depth", "wgmma", "mma", "cp_async", "tma", "skipping_loops")
 
 Figures = dict[str, int]
 
@@ -105,6 +105,8 @@ CALLS: dict[str, Call] = {
     "prompt-d64": _unified(4096, 1, head_dim=64),
     "prompt-d256": _unified(4096, 1, head_dim=256),
     "prompt-window-cap": _unified(4096, 1, sliding_window=1024, logits_soft_cap=30.0),
+    "prompt-d96": _unified(4096, 1, head_dim=96),
+    "chunk": _unified(128, 1),
     "dense-causal": _dense(4096),
     "dense-segments": _dense(4096, mask_info=_segments(4096)),
     "write_kv_pages": _write(jnp.bfloat16),

@@ -38,6 +38,7 @@ _RULES: dict[str, tuple[Callable[[int], bool], str]] = {
     "block_k": _DOT_BLOCK_RULE,
 }
 _BLOCK_RULE = (_power_of_two, "a power of two")
+_FLAGS = ("skip_masks", "warp_specialized")
 
 
 class Config:
@@ -58,9 +59,9 @@ class Config:
                 self._check_choice(field.name, value, PLATFORMS)
             elif field.name == "backend":
                 self._check_choice(field.name, value, BACKENDS)
-            elif field.name == "skip_masks":
+            elif field.name in _FLAGS:
                 if value is not None and not isinstance(value, bool):
-                    raise TypeError(f"{type(self).__name__}: skip_masks is {value!r}, expected a bool")
+                    raise TypeError(f"{type(self).__name__}: {field.name} is {value!r}, expected a bool")
             elif field.name == "fwd_params":
                 if value is not None and not isinstance(value, FwdParams):
                     raise TypeError(f"{type(self).__name__}: fwd_params is {value!r}, expected FwdParams or None")
@@ -87,6 +88,14 @@ class Config:
         if not accepts(operator.index(value)):
             raise ValueError(f"{type(self).__name__}: {name} is {value!r}, expected {expected}")
         return operator.index(value)
+
+
+def warp_specialization(cfg: Config) -> bool | None:
+    """What `cfg` says about specialised warps: tiles that it fixes are those of programs without; None for nothing."""
+    if not hasattr(cfg, "warp_specialized") or cfg.warp_specialized is not None:
+        return getattr(cfg, "warp_specialized", None)
+    tile = ("block_m", "block_n", "num_warps", "num_stages", "programs_per_sm", "skip_masks")
+    return False if any(getattr(cfg, name) is not None for name in tile) else None
 
 
 def chosen(value: int | None) -> int:
@@ -139,7 +148,11 @@ class PageAttentionConfig(Config):
 
 @dataclasses.dataclass(frozen=True)
 class PrefillPageAttentionConfig(Config):
-    """How `prefill_page_attention` runs; fields as in `PageAttentionConfig`."""
+    """How `prefill_page_attention` runs; fields as in `PageAttentionConfig`.
+
+    Attributes:
+        warp_specialized: see `UnifiedAttentionConfig`; `num_warps` then counts those that compute.
+    """
 
     num_warps: int | None = None
     num_stages: int | None = None
@@ -151,6 +164,7 @@ class PrefillPageAttentionConfig(Config):
     programs_per_sm: int | None = None
     min_tiles_per_split: int | None = None
     skip_masks: bool | None = None
+    warp_specialized: bool | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,7 +172,7 @@ class UnifiedAttentionConfig(Config):
     """How `unified_attention` runs.
 
     Sequences whose rows (tokens times query heads a KV head) fit a decode tile are divided among programs of one kind,
-    longer ones among programs of another kind, in one launch.
+    longer ones among programs of another kind, in one launch, or where the latter have specialised warps in two.
 
     Attributes:
         seq_threshold_3d: number of sequences up to which keys are divided; 0 never does.
@@ -176,6 +190,10 @@ class UnifiedAttentionConfig(Config):
         decode_num_stages: depth of the software pipeline over decode tiles.
         decode_programs_per_sm: decode programs a streaming multiprocessor.
         min_tiles_per_split: decode tiles of keys below which a sequence is not divided further.
+        warp_specialized: whether prefill tiles are computed by programs with specialised warps, which Hopper has. They
+            take tiles of 128 rows, `num_stages` is how many tiles of K and of V are in shared memory, and `num_warps`
+            is of decode programs; where all is decoding there are none. If None, fixing one of `block_m`, `block_n`,
+            `num_warps`, `num_stages`, `programs_per_sm` and `skip_masks` means False.
     """
 
     seq_threshold_3d: int | None = None
@@ -193,6 +211,7 @@ class UnifiedAttentionConfig(Config):
     decode_num_stages: int | None = None
     decode_programs_per_sm: int | None = None
     min_tiles_per_split: int | None = None
+    warp_specialized: bool | None = None
 
 
 @dataclasses.dataclass(frozen=True)

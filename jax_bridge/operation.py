@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.interpreters import ad, batching, mlir
 
 from jax_bridge import launch, tuned_configs
-from jax_bridge.configs import PLATFORMS, Config, completed
+from jax_bridge.configs import PLATFORMS, Config, completed, warp_specialization
 from jax_bridge.device import Device, current_device
 from jax_bridge.tuned_configs import Choice
 from jax_bridge.validation import FLOAT, describe, to_int32
@@ -68,6 +68,10 @@ def _no_candidates(invocation: Invocation, device: Device) -> tuple[Config, ...]
     return ()
 
 
+def _accepts_everything(invocation: Invocation, cfg: Any, device: Device) -> None:
+    del invocation, cfg, device
+
+
 @dataclasses.dataclass(frozen=True)
 class Implementation:
     """One operation on one platform.
@@ -77,17 +81,21 @@ class Implementation:
         call: computes the operation from a normalised invocation, a complete configuration and the `Device`, which is
             None without `heuristic_cfg`; traced.
         lacks: words for the first feature asked for that is not supported, or None.
-        heuristic_cfg: the configuration for static sizes and a device; None where there is nothing to configure.
+        heuristic_cfg: the configuration for static sizes and a device; None where there is nothing to configure. Where
+            configurations have `warp_specialized`, a third argument may demand what it is.
         candidate_cfgs: the configurations that tuning may try.
         is_available: whether what it needs is installed and works; asked for `"auto"` only.
+        check_cfg: raises where it cannot run a call as a complete configuration asks: NotImplementedError, upon which
+            `"auto"` takes another platform, or ValueError.
     """
 
     platform: str
     call: Callable[[Invocation, Any, Any], Outputs]
     lacks: Callable[[Invocation], str | None] = _supports_everything
-    heuristic_cfg: Callable[[Invocation, Device], Config] | None = None
+    heuristic_cfg: Callable[..., Config] | None = None
     candidate_cfgs: Callable[[Invocation, Device], tuple[Config, ...]] = _no_candidates
     is_available: Callable[[], bool] = _always
+    check_cfg: Callable[[Invocation, Any, Device], None] = _accepts_everything
 
     def missing(self, invocation: Invocation) -> str | None:
         """Words for the first thing about the call that is not supported, or None."""
@@ -265,12 +273,17 @@ class Operation(abc.ABC):
             may_tune: whether the policy `"autotune"` is followed.
         """
         may_tune = tuned_configs.policy() == "autotune" and may_tune
-        rows: tuple[Implementation, ...]
-        if requested == "auto":
-            rows = self._automatic(invocation, "any" if cfg is None else cfg.backend)
-        else:
-            rows = (self._supported(invocation, requested),)
-        return tuple(self._branch(row, invocation, cfg, may_tune) for row in rows)
+        if requested != "auto":
+            return (self._branch(self._supported(invocation, requested), invocation, cfg, may_tune),)
+        rows = self._automatic(invocation, "any" if cfg is None else cfg.backend)
+        branches = []
+        for row in rows:
+            try:
+                branches.append(self._branch(row, invocation, cfg, may_tune))
+            except NotImplementedError:
+                if row is rows[-1]:
+                    raise
+        return tuple(branches)
 
     @functools.cached_property
     def _open_cfg(self) -> Config:
@@ -295,8 +308,14 @@ class Operation(abc.ABC):
             if (choice := _heuristic_choices.get(key)) is None:
                 choice = Choice(heuristic_cfg(), f"heuristics for {device.name}")
                 _heuristic_choices[key] = choice
-        chosen = choice.cfg if cfg is None else completed(cfg, choice.cfg)
-        return Branch(row, chosen, device, choice.source)
+        if cfg is None:
+            return Branch(row, choice.cfg, device, choice.source)
+        specialized = warp_specialization(cfg)
+        if specialized is not None and specialized != getattr(choice.cfg, "warp_specialized", specialized):
+            choice = Choice(row.heuristic_cfg(invocation, device, specialized), f"heuristics for {device.name}")
+        complete = completed(cfg, choice.cfg)
+        row.check_cfg(invocation, complete, device)
+        return Branch(row, complete, device, choice.source)
 
     def _supported(self, invocation: Invocation, platform: str) -> Implementation:
         row = self.implementation(platform)

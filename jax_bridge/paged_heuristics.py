@@ -6,11 +6,12 @@ flight each are best; beside prefilling it has one program, with a deeper pipeli
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
+from jax_bridge import hopper_launch
 from jax_bridge.configs import (
     FwdParams,
     PageAttentionConfig,
@@ -29,6 +30,7 @@ Launches = tuple[tuple[RowClass, ...], ...]
 _MOST_DECODE_ROWS = 64  # rows of a decode tile
 _SPECULATIVE_TOKENS = 4  # tokens a sequence that a decode tile beside prefill tiles makes room for
 _SHORT_TOKENS = 16  # tokens a sequence below which most of a batch is decoding, one token or a few at a time
+_SPECIALIZED_ROWS = 512  # of a single sequence: with fewer the other programs begin and end sooner
 _FULL_WAVES = 3  # programs a multiprocessor that large prefill tiles must make: fewer leave it idle at the end
 _LONG_ROWS = 512  # rows a sequence that make the larger prefill tile better also where its keys will be split
 _SHARES_PER_PROGRAM = 3  # of decoding beside prefilling: how evenly both end
@@ -36,6 +38,7 @@ _MIN_DECODE_TILES = 2  # of keys in a split
 _SIDE_BYTES = 20 << 10  # of shared memory that a decode loop takes beside its tiles, with every feature
 _PREFILL_SIDE_BYTES = 2 << 10  # likewise of a prefill loop, beside its weights
 _MIN_PREFILL_TILES = 16  # of keys in a split: fewer are not worth writing partial results of many rows
+_MIN_SPECIALIZED_TILES = 4  # likewise, of tiles that are twice as long
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,11 +195,27 @@ def _ragged_tile(cfg: RaggedDecodeAttentionConfig) -> TileShape:
     )
 
 
+def _specialized_fields(sizes: PagedSizes) -> dict[str, Any]:
+    """Prefill tiles of programs with specialised warps, of which a multiprocessor holds one."""
+    return {
+        "block_m": hopper_launch.TILE_ROWS,
+        "block_n": hopper_launch.block_n(sizes),
+        "num_stages": hopper_launch.num_stages(sizes),
+        "programs_per_sm": 1,
+        "skip_masks": True,
+        "warp_specialized": True,
+    }
+
+
 def prefill_page_attention_config(
-    sizes: PagedSizes, query_dtype: Any, cache_dtype: Any, device: Device
+    sizes: PagedSizes, query_dtype: Any, cache_dtype: Any, device: Device, *, warp_specialized: bool = False
 ) -> PrefillPageAttentionConfig:
     """Tile shape and split target of a chunk: a decode tile for a few rows, else a prefill tile."""
     rows = sizes.num_tokens * sizes.group_size
+    if warp_specialized:
+        return PrefillPageAttentionConfig(
+            **_specialized_fields(sizes), num_warps=8, min_tiles_per_split=_MIN_SPECIALIZED_TILES
+        )
     if rows <= _MOST_DECODE_ROWS or is_full_precision(query_dtype):
         tile = decode_tile(sizes, rows, query_dtype, cache_dtype, device)
         return PrefillPageAttentionConfig(
@@ -204,6 +223,7 @@ def prefill_page_attention_config(
             programs_per_sm=_decode_programs_per_sm(tile),
             min_tiles_per_split=_MIN_DECODE_TILES,
             skip_masks=False,
+            warp_specialized=False,
         )
     tile = prefill_tile(sizes, cache_dtype, device)
     return PrefillPageAttentionConfig(
@@ -211,6 +231,7 @@ def prefill_page_attention_config(
         programs_per_sm=_prefill_programs_per_sm(sizes),
         min_tiles_per_split=_MIN_PREFILL_TILES,
         skip_masks=True,
+        warp_specialized=False,
     )
 
 
@@ -230,20 +251,48 @@ def _row_class(cfg: Any, *, num_splits: int) -> RowClass:
         programs_per_sm=cfg.programs_per_sm,
         min_tiles=cfg.min_tiles_per_split,
         num_splits=num_splits,
+        warp_specialized=getattr(cfg, "warp_specialized", False),
     )
 
 
+def specializes_warps(arrays: Mapping[str, Any], sizes: PagedSizes, device: Device) -> bool:
+    """Whether programs with specialised warps can do a call, and enough rows may be prefilling for a launch more."""
+    rows = sizes.num_tokens * sizes.group_size
+    if sizes.num_seqs == 1:
+        is_worth_it = rows >= _SPECIALIZED_ROWS
+    else:
+        is_worth_it = _overlaps(sizes) and rows // hopper_launch.TILE_ROWS * sizes.num_kv_heads >= device.num_sms
+    is_prefill = not _is_decode_only(sizes, hopper_launch.queries_of(arrays).dtype)
+    return is_worth_it and is_prefill and hopper_launch.lacks(arrays, sizes, device) is None
+
+
+def heuristics_of_both_kernels(heuristics: Callable[..., Any], invocation: Any, device: Device) -> tuple[Any, ...]:
+    """The configuration that an operation's heuristics choose, and if its warps are specialised the one without."""
+    chosen_cfg = heuristics(invocation, device)
+    return (chosen_cfg, heuristics(invocation, device, False)) if chosen_cfg.warp_specialized else (chosen_cfg,)
+
+
 def unified_attention_config(
-    sizes: PagedSizes, query_dtype: Any, cache_dtype: Any, device: Device
+    sizes: PagedSizes, query_dtype: Any, cache_dtype: Any, device: Device, *, warp_specialized: bool = False
 ) -> UnifiedAttentionConfig:
     """Both tile shapes of unified attention, and its split target."""
     decode_only = _is_decode_only(sizes, query_dtype)
-    overlaps = not decode_only and _overlaps(sizes)
+    overlaps = not decode_only and not warp_specialized and _overlaps(sizes)
     wide = not decode_only and _prefill_programs_per_sm(sizes) == 1
     tokens = math.ceil(sizes.num_tokens / max(1, sizes.num_seqs))
     if not decode_only:
-        tokens = _SPECULATIVE_TOKENS if overlaps else max(tokens, _SPECULATIVE_TOKENS)
+        tokens = _SPECULATIVE_TOKENS if overlaps or warp_specialized else max(tokens, _SPECULATIVE_TOKENS)
     decode = decode_tile(sizes, tokens * sizes.group_size, query_dtype, cache_dtype, device)
+    if warp_specialized:
+        return UnifiedAttentionConfig(
+            **_specialized_fields(sizes),
+            num_warps=decode.num_warps,
+            decode_block_m=decode.block_m,
+            decode_block_n=decode.block_n,
+            decode_num_stages=decode.num_stages,
+            decode_programs_per_sm=_decode_programs_per_sm(decode),
+            min_tiles_per_split=_MIN_DECODE_TILES,
+        )
     prefill = prefill_tile(sizes, cache_dtype, device)
     return UnifiedAttentionConfig(
         num_warps=decode.num_warps if decode_only else prefill.num_warps,
@@ -257,6 +306,7 @@ def unified_attention_config(
         programs_per_sm=_prefill_programs_per_sm(sizes),
         decode_programs_per_sm=1 if overlaps or wide else _decode_programs_per_sm(decode),
         min_tiles_per_split=_MIN_DECODE_TILES,
+        warp_specialized=False,
     )
 
 
@@ -268,7 +318,8 @@ def unified_attention_launches(
     Where there are no more tokens than sequences, or few of a single one, everything is decoding, which is right for
     any number of tokens; a single sequence of many tokens is prefilling. Otherwise both kinds share a launch: where
     there is room for much prefilling, decoding takes a part of each multiprocessor, to wait for memory while the rest
-    computes; where there is not, it takes all of it first.
+    computes; where there is not, it takes all of it first. Programs with specialised warps take a multiprocessor each:
+    they have a launch of their own.
     """
     num_splits = cfg.num_par_softmax_segments or 0
     if cfg.seq_threshold_3d is not None and sizes.num_seqs > cfg.seq_threshold_3d:
@@ -295,14 +346,17 @@ def unified_attention_launches(
         num_stages=chosen(cfg.num_stages),
         skip_masks=bool(cfg.skip_masks),
         programs_per_sm=chosen(cfg.programs_per_sm),
-        min_tiles=_MIN_PREFILL_TILES,
+        min_tiles=_MIN_SPECIALIZED_TILES if cfg.warp_specialized else _MIN_PREFILL_TILES,
         num_splits=num_splits,
+        warp_specialized=bool(cfg.warp_specialized),
     )
     if sizes.num_seqs == 1:
         return ((_undivided_if_full(prefill, sizes, num_rows, device),),)
     decode = dataclasses.replace(decode, most_rows=decode.block_m)
     prefill = _undivided_if_full(prefill, sizes, num_rows - sizes.num_seqs * decode.block_m, device)
     prefill = dataclasses.replace(prefill, fewest_rows=decode.block_m + 1)
+    if cfg.warp_specialized:
+        return ((decode,), (prefill,))
     if _overlaps(sizes):
         return ((dataclasses.replace(decode, shares_per_program=_SHARES_PER_PROGRAM), prefill),)
     return ((decode, dataclasses.replace(prefill, num_splits=prefill.num_splits or 1)),)
@@ -400,6 +454,8 @@ def unified_attention_candidates(
 
 
 def _prefill_variations(heuristic: Any) -> tuple[dict[str, Any], ...]:
+    if heuristic.warp_specialized:
+        return ({}, {"num_stages": heuristic.num_stages + 1}, {"block_n": 64}, {"block_n": 64, "num_stages": 4})
     wider = {"block_m": 2 * heuristic.block_m, "num_warps": min(MOST_WARPS, 2 * heuristic.num_warps)}
     wider["programs_per_sm"] = max(1, MOST_WARPS // wider["num_warps"])
     shorter = max(16, heuristic.block_n // 2)

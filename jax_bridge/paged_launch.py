@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jax_bridge import hopper_launch
 from jax_bridge.device import Device
 from jax_bridge.launch import Output, kernels, launch
 from jax_bridge.layouts import cache_strides, scale_stride
@@ -24,10 +25,12 @@ from jax_bridge.validation import PagedOptions, PagedSizes
 Arrays = Mapping[str, Any]  # arrays by name, None where absent
 
 _MAX_BLOCK_S = 1024  # segments that a program counts at once in its schedule
+_FEW_BLOCK_S = 256  # where a single warp with few registers does
 _MAX_REDUCE_ELEMENTS = 8192  # float32 partials that a reducing program holds: 64 registers a thread
 _MOST_REDUCE_ELEMENTS = 2 * _MAX_REDUCE_ELEMENTS  # of a single row with many splits; more than that spills
 _MIN_REDUCE_SPLITS = 8
 _REDUCE_WARPS = 4
+_PLAIN_OPERANDS = ("k_ptr", "v_ptr", "alibi_ptr", "qq_bias_ptr")  # of kernels without specialised warps
 ANY_ROWS = 2**31 - 1
 
 
@@ -80,6 +83,7 @@ class RowClass:
         most_rows: rows of the longest ones.
         shares_per_program: shares that programs take one after another from a counter; 0 gives each program one share
             and needs no counter.
+        warp_specialized: whether the kernel for Hopper takes them, alone in a launch.
     """
 
     block_m: int
@@ -93,6 +97,7 @@ class RowClass:
     fewest_rows: int = 1
     most_rows: int = ANY_ROWS
     shares_per_program: int = 0
+    warp_specialized: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,7 +208,14 @@ class PagedCall:
             if work.splits > 1:
                 partial_rows = (schedule.first_partial + work.partials) * self.sizes.num_kv_heads * rows.block_m
         constants = self._constants()
-        if len(classes) == 1:
+        if classes[0].warp_specialized:
+            kernel = kernels("hopper_attention").hopper_paged_attention_kernel
+            specialised = {"TILE": tiles[0], "SCHEDULE": schedules[0]}
+            operands = {name: array for name, array in self.operands.items() if name not in _PLAIN_OPERANDS}
+            operands |= hopper_launch.cache_descriptors(
+                self.operands["k_ptr"], self.operands["v_ptr"], self.options.kv_layout, classes[0].block_n
+            )
+        elif len(classes) == 1:
             kernel = kernels("paged_attention").paged_attention_kernel
             specialised = {"TILE": tiles[0], "SCHEDULE": schedules[0]}
             operands = {**self.operands, "begins_ptr": self.begins}
@@ -217,12 +229,18 @@ class PagedCall:
             "partial_out_ptr": Output((partial_rows, self.sizes.value_head_dim), jnp.float32),
             "partial_lse_ptr": Output((partial_rows,), jnp.float32),
         }
+        num_programs = num_slots * self.sizes.num_kv_heads
         takes_tickets = classes[0].shares_per_program > 0
+        if classes[0].warp_specialized:
+            num_programs = min(num_programs, self.device.num_sms * classes[0].programs_per_sm)
         if takes_tickets and len(classes) == 2:
-            num_slots += schedules[0].num_slots  # programs for few rows come first and last
-        updated = {"ticket_ptr": jnp.zeros(1, jnp.int32) if takes_tickets else None}
+            # Programs for few rows come first and last.
+            num_programs += schedules[0].num_slots * self.sizes.num_kv_heads
+        updated: dict[str, jax.Array | None] = {}
+        if not classes[0].warp_specialized:
+            updated["ticket_ptr"] = jnp.zeros(1, jnp.int32) if takes_tickets else None
         updated |= {name: earlier[name] if output else None for name, output in answers.items()} if earlier else {}
-        num_warps = max(rows.num_warps for rows in classes)
+        num_warps = hopper_launch.WARPS if classes[0].warp_specialized else max(rows.num_warps for rows in classes)
         results = launch(
             kernel,
             outputs={
@@ -232,7 +250,7 @@ class PagedCall:
             operands=operands,
             updated=updated,
             constants=constants | specialised,
-            num_programs=num_slots * self.sizes.num_kv_heads,
+            num_programs=num_programs,
             num_warps=num_warps,
             num_stages=max(rows.num_stages for rows in classes),
             device=self.device,
@@ -283,6 +301,8 @@ class PagedCall:
 
     def _max_registers(self, classes: Sequence[RowClass], num_warps: int) -> int | None:
         """Registers a thread with which all programs planned for fit a multiprocessor; None for no limit."""
+        if classes[0].warp_specialized:
+            return None  # each kind of warps has its own
         decodes = not any(rows.skip_masks for rows in classes)
         caps_exactly = self.options.soft_cap is not None and self.operands["q_ptr"].dtype == jnp.float32
         is_plain = not caps_exactly and self.operands["alibi_ptr"] is None
@@ -346,7 +366,7 @@ class PagedCall:
             num_slots=work.programs,
             min_tiles=rows.min_tiles,
             most_tiles=work.key_tiles,
-            block_s=min(_MAX_BLOCK_S, next_power_of_two(self._num_segments)),
+            block_s=min(_FEW_BLOCK_S if rows.warp_specialized else _MAX_BLOCK_S, next_power_of_two(self._num_segments)),
             most_work=self._most_work(rows, work),
             first_partial=first_partial,
         )
@@ -391,14 +411,15 @@ def reduce_blocks(work: Work, sizes: PagedSizes, tile: Any, device: Device) -> t
     """Rows and splits that one program of the reduction holds at once.
 
     A batch of equal lengths has `shares / row_tiles` splits a row tile; twice as many are loaded in one go, and some
-    more for the one long sequence among short ones. More rows than one are taken where the programs would otherwise be
-    too many for the SMs.
+    more for the one long sequence among short ones. The rows of a token are taken together where a row tile has room
+    for several and often holds one; more where the programs would otherwise be too many for the SMs.
     """
     expected_splits = max(_MIN_REDUCE_SPLITS, 2 * work.shares // work.row_tiles)
     block_splits = min(64, _MOST_REDUCE_ELEMENTS // tile.block_dv, next_power_of_two(min(work.splits, expected_splits)))
     fitting = max(1, _MAX_REDUCE_ELEMENTS // (tile.block_dv * block_splits))
     for_occupancy = max(1, work.row_tiles * sizes.num_q_heads // (4 * device.num_sms))
-    rows = min(fitting, for_occupancy, tile.block_m)
+    of_a_token = next_power_of_two(sizes.group_size) if tile.block_m > 2 * sizes.group_size else 1
+    rows = min(fitting, max(for_occupancy, of_a_token), tile.block_m)
     return 1 << rows.bit_length() - 1, block_splits
 
 

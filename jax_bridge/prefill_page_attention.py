@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 import reference
-from jax_bridge import launch, paged_heuristics, paged_launch, tpu_launch
+from jax_bridge import hopper_launch, launch, paged_heuristics, paged_launch, tpu_launch
 from jax_bridge.configs import PrefillPageAttentionConfig
 from jax_bridge.device import Device
 from jax_bridge.operation import Implementation, Invocation, Operation, Outputs, window_argument
@@ -71,17 +71,24 @@ def _triton_lacks(invocation: Invocation) -> str | None:
     return paged_launch.lacks(invocation.sizes, invocation.arrays["key_cache"].dtype)
 
 
-def _triton_heuristics(invocation: Invocation, device: Device) -> PrefillPageAttentionConfig:
-    arrays = invocation.arrays
+def _triton_heuristics(
+    invocation: Invocation, device: Device, warp_specialized: bool | None = None
+) -> PrefillPageAttentionConfig:
+    arrays, sizes = invocation.arrays, invocation.sizes
+    if warp_specialized is None:
+        warp_specialized = paged_heuristics.specializes_warps(arrays, sizes, device)
     return paged_heuristics.prefill_page_attention_config(
-        invocation.sizes, arrays["query"].dtype, arrays["key_cache"].dtype, device
+        sizes, arrays["query"].dtype, arrays["key_cache"].dtype, device, warp_specialized=warp_specialized
     )
 
 
 def _triton_candidates(invocation: Invocation, device: Device) -> tuple[PrefillPageAttentionConfig, ...]:
-    heuristic = _triton_heuristics(invocation, device)
-    return paged_heuristics.prefill_page_attention_candidates(
-        invocation.sizes, invocation.arrays["key_cache"].dtype, heuristic, device
+    return tuple(
+        candidate
+        for heuristic in paged_heuristics.heuristics_of_both_kernels(_triton_heuristics, invocation, device)
+        for candidate in paged_heuristics.prefill_page_attention_candidates(
+            invocation.sizes, invocation.arrays["key_cache"].dtype, heuristic, device
+        )
     )
 
 
@@ -98,6 +105,7 @@ class PrefillPageAttention(Operation):
             heuristic_cfg=_triton_heuristics,
             candidate_cfgs=_triton_candidates,
             is_available=launch.available,
+            check_cfg=hopper_launch.check,
         ),
         Implementation("pallas", _pallas, lacks=_pallas_lacks),
         Implementation("xla", _xla),

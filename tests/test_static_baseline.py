@@ -19,14 +19,20 @@ def test_kernels_got_no_worse(call: str, architecture: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fields", "figure"),
-    [({"num_stages": 1}, "depth"), ({"skip_masks": False}, "skipping_loops"), ({"num_warps": 4}, "registers")],
+    ("call", "fields", "figure"),
+    [
+        ("prompt-d96", {"num_stages": 1}, "depth"),
+        ("prompt-d96", {"skip_masks": False}, "skipping_loops"),
+        ("prompt-d96", {"num_warps": 4}, "registers"),
+        ("prompt", {"warp_specialized": True, "num_stages": 1}, "depth"),
+        ("prompt", {"warp_specialized": False}, "launches"),
+    ],
     ids=str,
 )
-def test_a_planted_slowdown_is_noticed(fields: dict[str, int], figure: str) -> None:
-    """One pipeline stage, masks on every tile, half the warps."""
-    found = static.compile_call("prompt", "sm_90", jax_bridge.UnifiedAttentionConfig(**fields))
-    worse = static.regressions("prompt-sm_90", found, static.read_baseline()["prompt-sm_90"])
+def test_a_planted_slowdown_is_noticed(call: str, fields: dict[str, int], figure: str) -> None:
+    """One pipeline stage, masks on every tile, half the warps, another kernel."""
+    found = static.compile_call(call, "sm_90", jax_bridge.UnifiedAttentionConfig(**fields))
+    worse = static.regressions(f"{call}-sm_90", found, static.read_baseline()[f"{call}-sm_90"])
     assert any(figure in line for line in worse)
 
 

@@ -1,0 +1,103 @@
+"""The warp-specialised kernel for Hopper: which calls it serves, its tiles, and the caches as its TMA sees them."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from jax_bridge.device import Device
+from jax_bridge.launch import descriptor, kernels, lacks_gluon
+from jax_bridge.layouts import cache_strides
+from jax_bridge.validation import PagedSizes
+
+TILE_ROWS = 128  # of two warpgroups
+WARPS = 4  # of a warpgroup, which is all that a launch asks for: the kernel adds the others
+HEAD_DIMS = (64, 128, 256)
+_SMALLEST_PAGE = 8  # tokens: the TMA swizzles shared memory by eight rows
+_MOST_CACHE_ROWS = 1 << 30  # MOST_CACHE_ROWS of the kernel, without importing it
+_TILE_BYTES = 32 << 10  # of K or V
+_MOST_KEYS = 256  # a tile: the widest product of a warpgroup, and the longest box of the TMA
+
+
+def queries_of(arrays: Mapping[str, Any]) -> Any:
+    """The queries of a paged operation, under either name."""
+    return arrays["queries"] if "queries" in arrays else arrays["query"]
+
+
+def lacks(arrays: Mapping[str, Any], sizes: PagedSizes, device: Device) -> str | None:
+    """Words for what the kernel cannot do of a call, or None.
+
+    Args:
+        arrays: The operation's arrays by the names of its arguments, or None where absent.
+        sizes: Their sizes.
+        device: The GPU to run on.
+    """
+    queries, keys, page = queries_of(arrays), arrays["key_cache"], sizes.page_size
+    missing = {
+        f"devices but those of compute capability 9.0 (here {device.name})": not device.specializes_warps,
+        f"{queries.dtype} queries with {keys.dtype} caches, but one 16-bit dtype": queries.dtype != keys.dtype
+        or np.dtype(keys.dtype).itemsize != 2,
+        f"heads {sizes.head_dim} and {sizes.value_head_dim} wide, but of one width among {HEAD_DIMS}": sizes.head_dim
+        != sizes.value_head_dim
+        or sizes.head_dim not in HEAD_DIMS,
+        f"pages of {page} tokens, but of a power of two from {_SMALLEST_PAGE}": page < _SMALLEST_PAGE
+        or page & (page - 1) != 0,
+        "empty caches": sizes.num_pages == 0,
+        f"caches of more than {_MOST_CACHE_ROWS} tokens times heads": sizes.num_pages * page * sizes.num_kv_heads
+        > _MOST_CACHE_ROWS,
+        "alibi_slopes": arrays["alibi_slopes"] is not None,
+        "qq_bias": arrays.get("qq_bias") is not None,
+    }
+    return next((words for words, is_missing in missing.items() if is_missing), None) or lacks_gluon()
+
+
+def block_n(sizes: PagedSizes) -> int:
+    """Keys a tile."""
+    return min(128, _TILE_BYTES // (2 * sizes.head_dim))
+
+
+def num_stages(sizes: PagedSizes) -> int:
+    """Tiles of K, and as many of V, in shared memory."""
+    return 3 if sizes.head_dim <= 64 else 2
+
+
+def check(invocation: Any, cfg: Any, device: Device) -> None:
+    """Refuse a configuration that asks for the kernel where it cannot follow.
+
+    Raises:
+        NotImplementedError: It cannot do what the call asks for.
+        ValueError: A field is none of its tiles.
+    """
+    if not cfg.warp_specialized:
+        return
+    if words := lacks(invocation.arrays, invocation.sizes, device):
+        raise NotImplementedError(
+            f"{invocation.operation}[triton] with warp_specialized=True does not support {words}; leave it out of cfg"
+        )
+    expected = {"block_m": TILE_ROWS, "skip_masks": True}
+    if invocation.operation == "prefill_page_attention":
+        expected["num_warps"] = 2 * WARPS
+    for name, value in expected.items():
+        if (given := getattr(cfg, name)) != value:
+            raise ValueError(
+                f"{invocation.operation}: cfg.{name} is {given}, expected {value} with warp_specialized=True"
+            )
+    if cfg.block_n > _MOST_KEYS:
+        raise ValueError(
+            f"{invocation.operation}: cfg.block_n is {cfg.block_n}, expected at most {_MOST_KEYS} "
+            f"with warp_specialized=True"
+        )
+
+
+def cache_descriptors(keys: Any, values: Any, kv_layout: str, keys_a_tile: int) -> dict[str, Any]:
+    """Both caches as matrices, a token of one head or of all heads a row, fetched a page or a tile at a time."""
+    layout = kernels("hopper_attention").SWIZZLED.value
+    page_size = keys.shape[kv_layout.index("T")]
+    box = min(page_size, keys_a_tile)
+
+    def matrix(cache: Any) -> Any:
+        columns = cache_strides(kv_layout, cache.shape).token
+        head_dim = cache.shape[-1]
+        return descriptor(cache, (cache.size // columns, columns), (box, head_dim), layout)
+
+    return {"k_desc": matrix(keys), "v_desc": matrix(values)}

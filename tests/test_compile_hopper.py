@@ -1,0 +1,283 @@
+"""The kernel with specialised warps, compiled for Hopper on a host without a GPU; which calls take it, and how."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from triton.backends.compiler import GPUTarget
+
+import jax_bridge
+from bench.machine_code import Binary, compile_launch, launches_of
+from jax_bridge import PrefillPageAttentionConfig, UnifiedAttentionConfig, explain, launch, paged_launch
+from jax_bridge.device import KNOWN_DEVICES, target_device
+from jax_bridge.layouts import CacheSizes, cache_shape
+
+pytestmark = pytest.mark.compile
+
+HOPPER = GPUTarget("cuda", 90, 32)
+MOST_SPILLED_BYTES = 160  # of the warp that fetches, whose loops wait anyway
+SIDE_BYTES = 2 << 10  # of shared memory beside queries, keys and values
+
+
+@pytest.fixture(autouse=True)
+def hopper() -> Iterator[None]:
+    with target_device("h100"):
+        yield
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompts:
+    """Shapes of a call of `unified_attention`."""
+
+    num_tokens: int = 4096
+    num_seqs: int = 1
+    num_q_heads: int = 32
+    num_kv_heads: int = 8
+    head_dim: int = 128
+    value_head_dim: int | None = None
+    page_size: int = 16
+    num_pages: int = 1 << 12
+    kv_layout: str = "PTHD"
+    dtype: Any = jnp.bfloat16
+    cache_dtype: Any = None
+    alibi: bool = False
+    qq_bias: bool = False
+    sinks: bool = False
+
+    @property
+    def arrays(self) -> list[Any]:
+        array, index = jax.ShapeDtypeStruct, functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
+        sizes = CacheSizes(self.num_pages, self.page_size, self.num_kv_heads, self.head_dim)
+        values = sizes._replace(head_dim=self.value_head_dim or self.head_dim)
+        stored = self.cache_dtype or self.dtype
+        return [
+            array((self.num_tokens, self.num_q_heads, self.head_dim), self.dtype),
+            *(array(cache_shape(self.kv_layout, each), stored) for each in (sizes, values)),
+            index((self.num_seqs,)),
+            index((self.num_seqs, 512)),
+            index((self.num_seqs + 1,)),
+        ]
+
+    @property
+    def keywords(self) -> dict[str, Any]:
+        heads = jax.ShapeDtypeStruct((self.num_q_heads,), jnp.float32)
+        named = {
+            "alibi_slopes": heads if self.alibi else None,
+            "qq_bias": jax.ShapeDtypeStruct((8, 8), jnp.float32) if self.qq_bias else None,
+            "attention_sink": heads if self.sinks else None,
+        }
+        return {name: array for name, array in named.items() if array is not None} | {"kv_layout": self.kv_layout}
+
+    def cfg(self, cfg: UnifiedAttentionConfig | None = None) -> Any:
+        """The complete configuration of the call."""
+        return explain("unified_attention", *self.arrays, **self.keywords, platform="triton", cfg=cfg).cfg
+
+    def binary(self, cfg: UnifiedAttentionConfig | None = None, **options: Any) -> Binary:
+        """The kernel that takes the prompts."""
+        keywords = self.keywords
+        traced = {name: value for name, value in keywords.items() if isinstance(value, jax.ShapeDtypeStruct)}
+        static = {name: value for name, value in keywords.items() if name not in traced} | options
+
+        def call(arrays: Any, traced: Any) -> Any:
+            return jax_bridge.unified_attention(*arrays, **traced, **static, platform="triton", cfg=cfg)
+
+        launches = launches_of(call, self.arrays, traced, modules=(paged_launch,))
+        (prompts,) = (each for each in launches if each.kernel.__name__ == "hopper_paged_attention_kernel")
+        return compile_launch(prompts, HOPPER)
+
+
+SERVED = {
+    "llama": Prompts(),
+    "mixed": Prompts(num_tokens=2080, num_seqs=33),
+    "split": Prompts(num_tokens=128),
+    "d64": Prompts(head_dim=64, dtype=jnp.float16),
+    "d256": Prompts(head_dim=256, num_q_heads=16),
+    "page_8": Prompts(page_size=8),
+    "many_sequences": Prompts(num_tokens=16384, num_seqs=1022, num_q_heads=64),
+    "line_of_64_bits": Prompts(num_tokens=2112, num_seqs=128, num_q_heads=16, num_kv_heads=8, page_size=1024),
+    "page_256": Prompts(page_size=256, kv_layout="PHTD"),
+    "heads_outside": Prompts(kv_layout="HPTD", sinks=True),
+}
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_prompts(name: str) -> None:
+    prompts = SERVED[name]
+    cfg = prompts.cfg()
+    assert cfg.warp_specialized
+    binary = prompts.binary()
+    assert binary.wgmma > 0
+    assert binary.tma > 0
+    assert binary.stack <= MOST_SPILLED_BYTES
+    tiles = cfg.block_m + 2 * cfg.num_stages * cfg.block_n
+    # What Triton's own passes would add for layouts of stores does not fit beside wide heads.
+    assert tiles * prompts.head_dim * 2 <= binary.shared <= tiles * prompts.head_dim * 2 + SIDE_BYTES
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"sliding_window": 1024}, {"sliding_window": (64, 8), "causal": False}, {"logits_soft_cap": 30.0}],
+    ids=str,
+)
+def test_features(options: dict[str, Any]) -> None:
+    binary = Prompts(sinks=True).binary(return_lse=True, **options)
+    assert binary.tma > 0
+    assert binary.stack <= MOST_SPILLED_BYTES
+
+
+def test_products_are_not_waited_for_one_by_one() -> None:
+    """Every loop over tiles waits twice: for the scores, and for what is accumulated."""
+    binary = Prompts().binary()
+    assert binary.wgmma >= 8 * binary.wgmma_waits
+
+
+NOT_SERVED = {
+    "alibi_slopes": Prompts(alibi=True),
+    "qq_bias": Prompts(qq_bias=True),
+    "float32 queries": Prompts(dtype=jnp.float32),
+    "int8 caches": Prompts(cache_dtype=jnp.int8),
+    "heads 80 and 80 wide": Prompts(head_dim=80),
+    "heads 128 and 64 wide": Prompts(value_head_dim=64),
+    "pages of 20 tokens": Prompts(page_size=20),
+    "pages of 4 tokens": Prompts(page_size=4),
+    "caches of more than": Prompts(num_pages=1 << 24),
+}
+
+
+@pytest.mark.parametrize("words", NOT_SERVED)
+def test_others_take_the_other_kernel_and_refuse_to_be_asked(words: str) -> None:
+    prompts = NOT_SERVED[words]
+    assert prompts.cfg().warp_specialized is False
+    with pytest.raises(NotImplementedError, match=rf"unified_attention\[triton\] with warp_specialized=True .*{words}"):
+        prompts.binary(UnifiedAttentionConfig(warp_specialized=True))
+
+
+@pytest.mark.parametrize("chip", [name for name, chip in KNOWN_DEVICES.items() if not chip.specializes_warps])
+def test_other_devices_take_the_other_kernel(chip: str) -> None:
+    with target_device(chip):
+        assert Prompts().cfg().warp_specialized is False
+        with pytest.raises(NotImplementedError, match=r"compute capability 9\.0"):
+            Prompts().binary(UnifiedAttentionConfig(warp_specialized=True))
+
+
+@pytest.mark.parametrize(("num_tokens", "num_seqs"), [(64, 64), (256, 64), (64, 1), (128, 2), (519, 8)])
+def test_calls_of_few_rows_take_the_other_kernel(num_tokens: int, num_seqs: int) -> None:
+    assert Prompts(num_tokens=num_tokens, num_seqs=num_seqs).cfg().warp_specialized is False
+
+
+@pytest.mark.parametrize(
+    "fields", [{"block_m": 64}, {"block_n": 32}, {"num_warps": 4}, {"num_stages": 2}, {"programs_per_sm": 1}], ids=str
+)
+def test_tiles_that_are_fixed_are_those_of_the_other_kernel(fields: dict[str, int]) -> None:
+    cfg = Prompts().cfg(UnifiedAttentionConfig(**fields))
+    plain = Prompts().cfg(UnifiedAttentionConfig(warp_specialized=False))
+    assert cfg == dataclasses.replace(plain, **fields)
+
+
+def test_what_explain_says_can_be_asked_for() -> None:
+    cfg = Prompts().cfg()
+    assert Prompts().cfg(cfg) == cfg
+    assert Prompts().binary(cfg).tma > 0
+
+
+@pytest.mark.parametrize("fields", [{"block_m": 64}, {"skip_masks": False}], ids=str)
+def test_tiles_that_it_has_not_are_refused(fields: dict[str, Any]) -> None:
+    (name,) = fields
+    with pytest.raises(ValueError, match=rf"unified_attention: cfg.{name} is {fields[name]}, expected"):
+        Prompts().binary(UnifiedAttentionConfig(warp_specialized=True, **fields))
+
+
+def test_longer_tiles_than_a_product_takes_are_refused() -> None:
+    cfg = UnifiedAttentionConfig(warp_specialized=True, block_n=512, num_stages=1)
+    with pytest.raises(ValueError, match=r"unified_attention: cfg\.block_n is 512, expected at most 256"):
+        Prompts(head_dim=64).binary(cfg)
+
+
+def test_explain_raises_what_the_call_raises() -> None:
+    with pytest.raises(NotImplementedError, match="alibi_slopes"):
+        Prompts(alibi=True).cfg(UnifiedAttentionConfig(warp_specialized=True))
+    with pytest.raises(ValueError, match="block_m is 64"):
+        Prompts().cfg(UnifiedAttentionConfig(warp_specialized=True, block_m=64))
+
+
+def test_auto_takes_another_platform_for_what_it_lacks() -> None:
+    prompts = Prompts(alibi=True)
+    traced, cfg = {"alibi_slopes": prompts.keywords["alibi_slopes"]}, UnifiedAttentionConfig(warp_specialized=True)
+
+    def call(arrays: Any, traced: Any) -> Any:
+        return jax_bridge.unified_attention(*arrays, **traced, kv_layout="PTHD", cfg=cfg)
+
+    lowered = jax.jit(call).trace(prompts.arrays, traced).lower(lowering_platforms=("cuda",)).as_text()
+    assert "triton_kernel_call" not in lowered
+
+
+def test_warps_of_a_chunk_are_those_that_compute() -> None:
+    chunk = Prompts(num_tokens=512).arrays[:3]
+    scalars = [jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((512,), jnp.int32)]
+    chosen: Any = explain("prefill_page_attention", *chunk, *scalars, kv_layout="PTHD", platform="triton").cfg
+    assert (chosen.warp_specialized, chosen.num_warps) == (True, 8)
+    cfg = PrefillPageAttentionConfig(warp_specialized=True, num_warps=4)
+    with pytest.raises(ValueError, match=r"prefill_page_attention: cfg\.num_warps is 4, expected 8"):
+        jax.eval_shape(
+            functools.partial(jax_bridge.prefill_page_attention, kv_layout="PTHD", platform="triton", cfg=cfg),
+            *chunk,
+            *scalars,
+        )
+
+
+def test_it_is_launched_with_all_its_warps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """jax-triton asks for those that there are before some are specialised: the launch would fail."""
+    warps: dict[str, int] = {}
+    library = launch._jax_triton().triton_lib.triton_kernel_call_lib
+
+    class Recording:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(library._library, name)
+
+        def TritonKernel(self, name: str, num_warps: int, *rest: Any) -> Any:
+            warps[name] = num_warps
+            return library._library.TritonKernel(name, num_warps, *rest)
+
+    monkeypatch.setattr(launch._jax_triton().triton_lib, "triton_kernel_call_lib", launch._CheckedLibrary(Recording()))
+    prompts = Prompts(num_tokens=2080, num_seqs=33)
+    call = functools.partial(jax_bridge.unified_attention, **prompts.keywords, platform="triton")
+    jax.jit(call).trace(*prompts.arrays).lower(lowering_platforms=("cuda",))
+    assert warps["hopper_paged_attention_kernel"] == 12
+    assert warps["paged_attention_kernel"] == 4
+
+
+@pytest.fixture
+def asked_anew() -> Iterator[None]:
+    """Whether Gluon is there is asked again, also behind the test."""
+    launch.lacks_gluon.cache_clear()
+    yield
+    launch.lacks_gluon.cache_clear()
+
+
+@pytest.mark.usefixtures("asked_anew")
+def test_older_versions_of_triton_take_the_other_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "_triton_version", lambda: (3, 8))
+    assert launch.lacks_gluon() == "Triton before 3.9"
+    assert Prompts(num_tokens=1234).cfg().warp_specialized is False
+
+
+@pytest.mark.usefixtures("asked_anew")
+def test_a_jaxlib_that_describes_no_arrays_to_the_tma_takes_the_other_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch._jax_triton().triton_lib, "triton_kernel_call_lib", object())
+    assert launch.lacks_gluon() == "jaxlib before 0.11.1"
+    assert Prompts(num_tokens=1235).cfg().warp_specialized is False
+
+
+@pytest.mark.usefixtures("asked_anew")
+def test_without_triton_heuristics_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> Any:
+        raise ImportError
+
+    monkeypatch.setattr(launch, "_jax_triton", fail)
+    assert Prompts(num_tokens=1236).cfg().warp_specialized is False

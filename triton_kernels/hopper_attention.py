@@ -1,0 +1,592 @@
+"""Prefilling on Hopper: what `paged_attention` computes, by programs whose warps have different parts.
+
+Written in Gluon, Triton's language of explicit layouts and barriers. One warp has the TMA fetch K and V tiles, page by
+page, into rings in shared memory. Each warpgroup computes 64 rows, and asks for the next scores before it has finished
+with the last ones: while one takes exponentials, another keeps the tensor cores busy. After FlashAttention-3
+(https://arxiv.org/abs/2407.08608).
+
+The interpreter knows no Gluon. Everything but the loop is shared with the kernels that it does run.
+"""
+
+import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    async_copy,
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from triton_kernels.online_softmax import online_softmax, store_rows
+from triton_kernels.pages import clamp
+from triton_kernels.rows import keys_of_rows, unpack_rows, visible_keys
+from triton_kernels.schedule import (
+    find_row_tile,
+    measure_shares,
+    partial_number,
+    shares_of,
+    split_begin,
+    tile_range,
+)
+from triton_kernels.scores import LOG2_E, base_2_logits, hide
+from triton_kernels.split_reduce import store_partial
+
+ROWS = tl.constexpr(64)  # of a warpgroup
+WARPS = tl.constexpr(4)  # of a warpgroup
+CONSUMER_REGISTERS = tl.constexpr(232)
+PRODUCER_REGISTERS = tl.constexpr(40)
+SWIZZLED = tl.constexpr(gl.NVMMASharedLayout(128, 16, 2))
+PARTS = tl.constexpr(2)  # announced but not begun
+FIELDS = tl.constexpr(10)  # of a part
+MOST_CACHE_ROWS = tl.constexpr(1 << 30)  # tokens times heads: coordinates of the TMA have 32 bits
+CLEANED_KEYS = tl.constexpr(16)  # whose values pass through registers at once
+
+
+@gluon.jit
+def place(number, RING: gl.constexpr):
+    """The slot of a ring that tile `number` goes through, and the parity of its barriers."""
+    return number % RING, number // RING & 1
+
+
+@gluon.jit
+def fetch_tile(
+    desc,
+    start,
+    key_begin,
+    key_end,
+    head_row,
+    head_column,
+    table_ptr,
+    ring,
+    full,
+    slot,
+    CACHE: gl.constexpr,
+):
+    """Have the TMA bring the keys `[start, start + BLOCK_N)` of a KV head, box by box: no box crosses a page.
+
+    Boxes without a key of `[key_begin, key_end)` are fetched from beyond the end of the cache, which is zeros.
+    """
+    block_n: gl.constexpr = ring.shape[1]
+    box: gl.constexpr = desc.block_shape[0]
+    mbarrier.expect(full.index(slot), ring.index(0).nbytes_per_cta)
+    for number in gl.static_range(block_n // box):
+        key = start + number * box
+        is_needed = (key < key_end) & (key + box > key_begin)
+        page = clamp(gl.load(table_ptr + key // CACHE.page_size, mask=is_needed, other=0), 0, CACHE.num_pages - 1)
+        row = page * (CACHE.k_page_stride // CACHE.k_token_stride) + key % CACHE.page_size + head_row
+        tma.async_load(
+            desc,
+            [gl.where(is_needed, row, MOST_CACHE_ROWS), head_column],
+            full.index(slot),
+            ring.index(slot).slice(number * box, box),
+        )
+
+
+@gluon.jit
+def fetch_tiles(
+    k_desc,
+    v_desc,
+    rings,
+    barriers,
+    table_ptr,
+    first,
+    num_tiles,
+    begin,
+    key_begin,
+    key_end,
+    kv_head,
+    CACHE: gl.constexpr,
+):
+    """Fetch every tile of K and V of a part as soon as its slot is free."""
+    k_ring, v_ring = rings
+    k_full, k_empty, v_full, v_empty = barriers
+    # The cache as a matrix: a row holds a token, of one head or of all.
+    head_row = kv_head * (CACHE.k_head_stride // CACHE.k_token_stride)
+    head_column = kv_head * (CACHE.k_head_stride % CACHE.k_token_stride)
+    for number in range(num_tiles):
+        slot, parity = place(first + number, k_ring.shape[0])
+        start = begin + number * k_ring.shape[1]
+        mbarrier.wait(k_empty.index(slot), parity ^ 1)
+        fetch_tile(k_desc, start, key_begin, key_end, head_row, head_column, table_ptr, k_ring, k_full, slot, CACHE)
+        mbarrier.wait(v_empty.index(slot), parity ^ 1)
+        fetch_tile(v_desc, start, key_begin, key_end, head_row, head_column, table_ptr, v_ring, v_full, slot, CACHE)
+
+
+@gluon.jit
+def clean(v_tile, start, key_begin, key_end, BOX: gl.constexpr):
+    """Zero what a tile at an end of the keys `[key_begin, key_end)` holds of others, which came in a box with some.
+
+    Their weights are 0, but what is there may be anything, and 0 times NaN is NaN.
+    """
+    block_n: gl.constexpr = v_tile.shape[0]
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
+    is_cut = ((key_end % BOX != 0) & (key_end < start + block_n)) | ((key_begin % BOX != 0) & (key_begin > start))
+    if is_cut:
+        for first in gl.static_range(0, block_n, CLEANED_KEYS):
+            keys = start + first + gl.arange(0, CLEANED_KEYS, gl.SliceLayout(1, layout))
+            rows = v_tile.slice(first, CLEANED_KEYS)
+            values = rows.load(layout)
+            rows.store(gl.where(((keys >= key_begin) & (keys < key_end))[:, None], values, gl.zeros_like(values)))
+        fence_async_shared()
+
+
+@gluon.jit
+def multiply_scores(q_tile, k_tile, BLOCK_N: gl.constexpr, LAYOUT: gl.constexpr):
+    """Begin the products `[ROWS, BLOCK_N]` of queries and keys."""
+    zeros = gl.zeros([ROWS, BLOCK_N], gl.float32, LAYOUT)
+    return warpgroup_mma(q_tile, k_tile.permute((1, 0)), zeros, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def weigh(
+    products,
+    start,
+    lanes,
+    row_begin,
+    row_end,
+    row_max,
+    row_sum,
+    score_scale,
+    SCORING: gl.constexpr,
+    MASKED: gl.constexpr,
+):
+    """Weights of a tile of products, the factor for what was accumulated before, and the new row state."""
+    scores, unit = base_2_logits(products, score_scale, SCORING, False)
+    if MASKED:
+        scores = hide(scores, start + lanes, row_begin, row_end)
+    return online_softmax(scores, unit, row_max, row_sum)
+
+
+@gluon.jit
+def attend_tile(
+    number,
+    first,
+    begin,
+    q_tile,
+    rings,
+    barriers,
+    weights,
+    row_max,
+    row_sum,
+    acc,
+    lanes,
+    row_begin,
+    row_end,
+    score_scale,
+    SCORING: gl.constexpr,
+    MASKED: gl.constexpr,
+):
+    """Scores of tile `number` while the values of the tile before are accumulated; its weights and the row state."""
+    k_ring, v_ring = rings
+    k_full, k_empty, v_full, v_empty = barriers
+    block_n: gl.constexpr = k_ring.shape[1]
+    rows_layout: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
+    slot, parity = place(first + number, k_ring.shape[0])
+    before, parity_before = place(first + number - 1, k_ring.shape[0])
+    start = begin + number * block_n
+    mbarrier.wait(k_full.index(slot), parity)
+    products = multiply_scores(q_tile, k_ring.index(slot), block_n, lanes.type.layout.parent)
+    mbarrier.wait(v_full.index(before), parity_before)
+    acc = warpgroup_mma(weights, v_ring.index(before), acc, is_async=True)
+    products = warpgroup_mma_wait(1, deps=[products])
+    mbarrier.arrive(k_empty.index(slot), count=1)
+    new_weights, rescale, row_max, row_sum = weigh(
+        products, start, lanes, row_begin, row_end, row_max, row_sum, score_scale, SCORING, MASKED
+    )
+    acc, weights = warpgroup_mma_wait(0, deps=[acc, weights])
+    mbarrier.arrive(v_empty.index(before), count=1)
+    acc = acc * gl.convert_layout(rescale, rows_layout)[:, None]
+    return gl.convert_layout(new_weights.to(weights.dtype), weights.type.layout), row_max, row_sum, acc
+
+
+@gluon.jit
+def announce(part, ring, full, empty, fields):
+    """Tell the warpgroups about part number `part`: once they have read the one whose place it takes.
+
+    The fields are, in order, the names that `read_part` gives them.
+    """
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    slot, parity = place(part, PARTS)
+    mbarrier.wait(empty.index(slot), parity ^ 1)
+    for number in gl.static_range(FIELDS):
+        ring.index(slot * FIELDS + number).store(gl.full([1], fields[number], gl.int32, layout))
+    mbarrier.arrive(full.index(slot), count=1)
+
+
+@gluon.jit
+def read_field(ring, place_in_ring):
+    """A number that `announce` has put into a place of the ring."""
+    return gl.max(ring.index(place_in_ring).load(gl.BlockedLayout([1], [32], [WARPS], [0])), 0)
+
+
+@gluon.jit
+def read_part(part, ring, full, empty):
+    """What `announce` tells of part number `part`."""
+    slot, parity = place(part, PARTS)
+    mbarrier.wait(full.index(slot), parity)
+    num_tiles = read_field(ring, slot * FIELDS)
+    begin = read_field(ring, slot * FIELDS + 1)
+    key_begin = read_field(ring, slot * FIELDS + 2)
+    key_end = read_field(ring, slot * FIELDS + 3)
+    first_token = read_field(ring, slot * FIELDS + 4)
+    num_tokens = read_field(ring, slot * FIELDS + 5)
+    num_keys = read_field(ring, slot * FIELDS + 6)
+    first_row = read_field(ring, slot * FIELDS + 7)
+    kv_head = read_field(ring, slot * FIELDS + 8)
+    partial = read_field(ring, slot * FIELDS + 9)
+    mbarrier.arrive(empty.index(slot), count=1)
+    return num_tiles, begin, key_begin, key_end, first_token, num_tokens, num_keys, first_row, kv_head, partial
+
+
+@gluon.jit
+def fetch_queries(
+    q_ptr,
+    q_tile,
+    first_token,
+    num_tokens,
+    first_row,
+    kv_head,
+    QUERIES: gl.constexpr,
+    CACHE: gl.constexpr,
+    TILE: gl.constexpr,
+    GROUP: gl.constexpr,
+):
+    """Begin to copy the queries of a warpgroup's rows; zeros for rows that there are not."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
+    tile_row = (first_token + first_row // QUERIES.group_size).to(gl.int64) * QUERIES.num_q_heads
+    rows = first_row + GROUP * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
+    _, _, q_rows, row_mask = unpack_rows(rows, first_row, kv_head, num_tokens, QUERIES)
+    dims = gl.arange(0, TILE.block_d, gl.SliceLayout(0, layout))
+    pointers = q_ptr + tile_row * CACHE.head_dim + q_rows[:, None] * CACHE.head_dim + dims[None, :]
+    async_copy.async_load(q_tile, pointers, mask=row_mask[:, None])
+    async_copy.commit_group()
+
+
+@gluon.jit
+def consume(
+    q_ring,
+    rings,
+    barriers,
+    parts,
+    arrays,
+    K_SCALE_STRIDE: gl.constexpr,
+    V_SCALE_STRIDE: gl.constexpr,
+    QUERIES: gl.constexpr,
+    CACHE: gl.constexpr,
+    SCORING: gl.constexpr,
+    TILE: gl.constexpr,
+    BOX: gl.constexpr,
+    GROUP: gl.constexpr,
+):
+    """Attention of the rows of warpgroup `GROUP` in every part, over the tiles that `produce` fetches.
+
+    The rows are written, or a partial result where a part has the number of one.
+    """
+    q_ptr, sink_ptr, k_scale_ptr, v_scale_ptr, out_ptr, lse_ptr, partial_out_ptr, partial_lse_ptr = arrays
+    k_ring, v_ring = rings
+    k_full, k_empty, v_full, v_empty = barriers
+    part_ring, part_full, part_empty = parts
+    block_n: gl.constexpr = TILE.block_n
+    scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, block_n, 16])
+    out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, TILE.block_dv, 16])
+    weights_layout: gl.constexpr = gl.DotOperandLayout(0, out_layout, 2)
+    score_rows: gl.constexpr = gl.SliceLayout(1, scores_layout)
+    out_rows_layout: gl.constexpr = gl.SliceLayout(1, out_layout)
+    q_tile = q_ring.index(GROUP)
+    lanes = gl.arange(0, block_n, gl.SliceLayout(0, scores_layout))
+    value_dims = gl.arange(0, TILE.block_dv, gl.SliceLayout(0, out_layout))
+
+    num_tiles, begin, key_begin, key_end, first_token, num_tokens, num_keys, first_row, kv_head, partial = read_part(
+        0, part_ring, part_full, part_empty
+    )
+    part, first = num_tiles * 0, num_tiles * 0
+    fetch_queries(q_ptr, q_tile, first_token, num_tokens, first_row, kv_head, QUERIES, CACHE, TILE, GROUP)
+    while num_tiles > 0:
+        my_rows = first_row + GROUP * ROWS
+        context = num_keys - num_tokens
+        last_token = gl.minimum((my_rows + (ROWS - 1)) // QUERIES.group_size, num_tokens - 1)
+        _, _, whole_begin, whole_end = visible_keys(
+            context + my_rows // QUERIES.group_size, context + last_token, num_keys, SCORING
+        )
+        rows = my_rows + gl.arange(0, ROWS, score_rows)
+        row_begin, row_end = keys_of_rows(context + rows // QUERIES.group_size, num_keys, SCORING)
+        row_begin = gl.maximum(row_begin, key_begin)
+        row_end = gl.minimum(row_end, key_end)
+        score_scale = SCORING.softmax_scale * (LOG2_E if SCORING.scale_is_folded else 1.0)
+        if k_scale_ptr is not None:
+            score_scale = gl.load(k_scale_ptr + kv_head * K_SCALE_STRIDE) * score_scale
+        # Of the tiles behind the first one: those from `first_whole` to `end_whole` need no mask.
+        first_whole = clamp((whole_begin - begin + (block_n - 1)) // block_n, 1, num_tiles)
+        end_whole = clamp((gl.minimum(whole_end, key_end) - begin) // block_n, first_whole, num_tiles)
+
+        slot, parity = place(first, k_ring.shape[0])
+        async_copy.wait_group(0)
+        fence_async_shared()
+        mbarrier.wait(k_full.index(slot), parity)
+        products = multiply_scores(q_tile, k_ring.index(slot), block_n, scores_layout)
+        products = warpgroup_mma_wait(0, deps=[products])
+        mbarrier.arrive(k_empty.index(slot), count=1)
+        row_max = gl.full([ROWS], float("-inf"), gl.float32, score_rows)
+        row_sum = gl.zeros([ROWS], gl.float32, score_rows)
+        weights, _, row_max, row_sum = weigh(
+            products, begin, lanes, row_begin, row_end, row_max, row_sum, score_scale, SCORING, True
+        )
+        weights = gl.convert_layout(weights.to(q_ptr.dtype.element_ty), weights_layout)
+        acc = gl.zeros([ROWS, TILE.block_dv], gl.float32, out_layout)
+        if SCORING.window_left is not None:
+            mbarrier.wait(v_full.index(slot), parity)
+            clean(v_ring.index(slot), begin, key_begin, key_end, BOX)
+            for number in range(1, first_whole):
+                weights, row_max, row_sum, acc = attend_tile(
+                    number, first, begin, q_tile, rings, barriers, weights, row_max, row_sum, acc, lanes, row_begin,
+                    row_end, score_scale, SCORING, True,
+                )  # fmt: skip
+        for number in range(first_whole, end_whole):
+            weights, row_max, row_sum, acc = attend_tile(
+                number, first, begin, q_tile, rings, barriers, weights, row_max, row_sum, acc, lanes, row_begin,
+                row_end, score_scale, SCORING, False,
+            )  # fmt: skip
+        for number in range(end_whole, num_tiles):
+            weights, row_max, row_sum, acc = attend_tile(
+                number, first, begin, q_tile, rings, barriers, weights, row_max, row_sum, acc, lanes, row_begin,
+                row_end, score_scale, SCORING, True,
+            )  # fmt: skip
+        slot, parity = place(first + num_tiles - 1, k_ring.shape[0])
+        mbarrier.wait(v_full.index(slot), parity)
+        clean(v_ring.index(slot), begin + (num_tiles - 1) * block_n, key_begin, key_end, BOX)
+        acc = warpgroup_mma(weights, v_ring.index(slot), acc, is_async=True)
+        first += num_tiles
+
+        # The queries have done their work: those of the next part come while this one is finished.
+        part += 1
+        tile_row = (first_token + first_row // QUERIES.group_size).to(gl.int64) * QUERIES.num_q_heads
+        rows = my_rows + gl.arange(0, ROWS, out_rows_layout)
+        _, heads, out_rows, row_mask = unpack_rows(rows, first_row, kv_head, num_tokens, QUERIES)
+        tile_rows = rows - first_row
+        my_partial = partial
+        num_tiles, begin, key_begin, key_end, first_token, num_tokens, num_keys, first_row, kv_head, partial = (
+            read_part(part, part_ring, part_full, part_empty)
+        )
+        fetch_queries(q_ptr, q_tile, first_token, num_tokens, first_row, kv_head, QUERIES, CACHE, TILE, GROUP)
+
+        acc, weights = warpgroup_mma_wait(0, deps=[acc, weights])
+        mbarrier.arrive(v_empty.index(slot), count=1)
+        row_max = gl.convert_layout(row_max, out_rows_layout)
+        row_sum = gl.convert_layout(row_sum, out_rows_layout)
+        if partial_out_ptr is None or my_partial < 0:
+            lse_row_ptr = lse_ptr
+            if lse_ptr is not None:
+                lse_row_ptr += tile_row
+            store_rows(
+                row_max,
+                row_sum,
+                acc,
+                out_rows,
+                heads,
+                row_mask,
+                value_dims,
+                sink_ptr,
+                v_scale_ptr,
+                out_ptr + tile_row * CACHE.value_head_dim,
+                lse_row_ptr,
+                V_SCALE_STRIDE,
+                QUERIES.group_size,
+                CACHE.value_head_dim,
+            )
+        else:
+            store_partial(
+                row_max,
+                row_sum,
+                acc,
+                my_partial,
+                tile_rows,
+                row_mask,
+                value_dims,
+                partial_out_ptr,
+                partial_lse_ptr,
+                CACHE.value_head_dim,
+                TILE.block_m,
+            )
+
+
+@gluon.jit
+def part_of_share(
+    share,
+    first_share,
+    num_splits,
+    begin,
+    share_length,
+    num_tokens,
+    num_keys,
+    first_row,
+    QUERIES: gl.constexpr,
+    SCORING: gl.constexpr,
+    TILE: gl.constexpr,
+    SCHEDULE: gl.constexpr,
+):
+    """The KV tiles of `share` in a row tile: where they begin, how many there are; the keys that any row sees of them.
+
+    Rows without keys go through one tile, of zeros.
+    """
+    context = num_keys - num_tokens
+    last_token = gl.minimum((first_row + (TILE.block_m - 1)) // QUERIES.group_size, num_tokens - 1)
+    key_begin, key_end, _, _ = visible_keys(
+        context + first_row // QUERIES.group_size, context + last_token, num_keys, SCORING
+    )
+    first_tile, tiles = tile_range(key_begin, key_end, TILE.block_n)
+    tile_begin = split_begin(share, first_share, num_splits, begin, share_length, tiles, SCHEDULE)
+    tile_end = split_begin(share + 1, first_share, num_splits, begin, share_length, tiles, SCHEDULE)
+    begin_key = (first_tile + tile_begin) * TILE.block_n
+    key_begin = gl.maximum(key_begin, begin_key)
+    key_end = gl.minimum(key_end, (first_tile + tile_end) * TILE.block_n)
+    return begin_key, gl.maximum(tile_end - tile_begin, 1), key_begin, key_end
+
+
+@gluon.jit
+def produce(
+    rings,
+    barriers,
+    parts,
+    k_desc,
+    v_desc,
+    starts_ptr,
+    lens_ptr,
+    table_ptr,
+    QUERIES: gl.constexpr,
+    CACHE: gl.constexpr,
+    SCORING: gl.constexpr,
+    TILE: gl.constexpr,
+    SCHEDULE: gl.constexpr,
+):
+    """Find out what a program has to do, part by part, tell the warpgroups, and fetch the tiles.
+
+    Programs take turns in alternating order, so that each gets long shares and short ones.
+    """
+    part_ring, part_full, part_empty = parts
+    lanes = gl.arange(0, SCHEDULE.block_s, gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
+    share_length, cost = measure_shares(lanes, starts_ptr, lens_ptr, None, QUERIES, SCORING, TILE, SCHEDULE)
+    program, num_programs = gl.program_id(0), gl.num_programs(0)
+    work = program
+    turn, part, tiles_done = work * 0, work * 0, work * 0
+    while work < SCHEDULE.num_shares * QUERIES.num_kv_heads:
+        kv_head = work % QUERIES.num_kv_heads
+        share = work // QUERIES.num_kv_heads
+        turn += 1
+        work = turn * num_programs + gl.where(turn % 2 == 0, program, num_programs - 1 - program)
+        position = share.to(SCHEDULE.line_type) * share_length
+        share_end = position + share_length
+        while position < share_end:
+            segment, first_token, num_tokens, _, num_keys, first_row, begin, end = find_row_tile(
+                position, cost, lanes, starts_ptr, lens_ptr, None, QUERIES, SCORING, TILE, SCHEDULE, BY_NUMBER=False
+            )
+            first_share, last_share = shares_of(begin, end, share_length, SCHEDULE)
+            position = share_end
+            if (segment >= 0) & (first_share <= share):
+                num_splits = last_share - first_share + 1
+                begin_key, num_tiles, key_begin, key_end = part_of_share(
+                    share, first_share, num_splits, begin, share_length, num_tokens, num_keys, first_row,
+                    QUERIES, SCORING, TILE, SCHEDULE,
+                )  # fmt: skip
+                partial = partial_number(share, first_share, SCHEDULE) * QUERIES.num_kv_heads + kv_head
+                partial = gl.where(num_splits > 1, partial, -1)
+                announce(
+                    part, part_ring, part_full, part_empty,
+                    (
+                        num_tiles, begin_key, key_begin, key_end, first_token, num_tokens, num_keys, first_row,
+                        kv_head, partial,
+                    ),
+                )  # fmt: skip
+                sequence = clamp(segment - 1, 0, QUERIES.num_seqs - 1)
+                fetch_tiles(
+                    k_desc, v_desc, rings, barriers, table_ptr + sequence.to(gl.int64) * CACHE.table_width,
+                    tiles_done, num_tiles, begin_key, key_begin, key_end, kv_head, CACHE,
+                )  # fmt: skip
+                part += 1
+                tiles_done += num_tiles
+                position = end + cost + (SCHEDULE.unit - 1)
+            else:
+                if not SCHEDULE.is_balanced:
+                    work = SCHEDULE.num_shares * QUERIES.num_kv_heads  # no later share has a row tile
+    announce(part, part_ring, part_full, part_empty, (0, 0, 0, 0, 0, 0, 0, 0, 0, 0))
+
+
+@gluon.jit
+def hopper_paged_attention_kernel(
+    q_ptr,  # [T, Hq, D]
+    k_desc,  # the cache as a matrix of tokens
+    v_desc,
+    starts_ptr,  # [S + 1]
+    lens_ptr,  # [S]
+    table_ptr,  # [S, MP]
+    sink_ptr,  # [Hq] or None
+    k_scale_ptr,  # [1] or [Hkv] or None
+    v_scale_ptr,  # [1] or [Hkv] or None
+    out_ptr,  # [T, Hq, Dv]
+    lse_ptr,  # [T, Hq] or None
+    partial_out_ptr,  # [partials, BLOCK_M, Dv] float32, or None where no keys are split
+    partial_lse_ptr,  # [partials, BLOCK_M] float32, base 2, or None
+    K_SCALE_STRIDE: gl.constexpr,
+    V_SCALE_STRIDE: gl.constexpr,
+    QUERIES: gl.constexpr,
+    CACHE: gl.constexpr,
+    SCORING: gl.constexpr,
+    TILE: gl.constexpr,
+    SCHEDULE: gl.constexpr,
+):
+    """Every sequence of a schedule, by programs that stay: one a multiprocessor."""
+    dtype: gl.constexpr = q_ptr.dtype.element_ty
+    groups: gl.constexpr = TILE.block_m // ROWS
+    num_slots: gl.constexpr = TILE.num_stages
+    q_ring = gl.allocate_shared_memory(dtype, [groups, ROWS, TILE.block_d], SWIZZLED)
+    k_ring = gl.allocate_shared_memory(dtype, [num_slots, TILE.block_n, TILE.block_d], SWIZZLED)
+    v_ring = gl.allocate_shared_memory(dtype, [num_slots, TILE.block_n, TILE.block_dv], SWIZZLED)
+    k_full = mbarrier.allocate_mbarrier(batch=num_slots)
+    k_empty = mbarrier.allocate_mbarrier(batch=num_slots)
+    v_full = mbarrier.allocate_mbarrier(batch=num_slots)
+    v_empty = mbarrier.allocate_mbarrier(batch=num_slots)
+    for slot in gl.static_range(num_slots):
+        mbarrier.init(k_full.index(slot), count=1)
+        mbarrier.init(k_empty.index(slot), count=groups)
+        mbarrier.init(v_full.index(slot), count=1)
+        mbarrier.init(v_empty.index(slot), count=groups)
+    part_ring = gl.allocate_shared_memory(gl.int32, [PARTS * FIELDS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    part_full = mbarrier.allocate_mbarrier(batch=PARTS)
+    part_empty = mbarrier.allocate_mbarrier(batch=PARTS)
+    for slot in gl.static_range(PARTS):
+        mbarrier.init(part_full.index(slot), count=1)
+        mbarrier.init(part_empty.index(slot), count=groups)
+    parts = (part_ring, part_full, part_empty)
+    rings = (k_ring, v_ring)
+    barriers = (k_full, k_empty, v_full, v_empty)
+    arrays = (q_ptr, sink_ptr, k_scale_ptr, v_scale_ptr, out_ptr, lse_ptr, partial_out_ptr, partial_lse_ptr)
+    box: gl.constexpr = k_desc.block_shape[0]
+    gl.warp_specialize(
+        [
+            (
+                consume,
+                (
+                    q_ring, rings, barriers, parts, arrays, K_SCALE_STRIDE, V_SCALE_STRIDE, QUERIES, CACHE, SCORING,
+                    TILE, box, 0,
+                ),
+            ),
+            (
+                consume,
+                (
+                    q_ring, rings, barriers, parts, arrays, K_SCALE_STRIDE, V_SCALE_STRIDE, QUERIES, CACHE, SCORING,
+                    TILE, box, 1,
+                ),
+            ),
+            (
+                produce,
+                (
+                    rings, barriers, parts, k_desc, v_desc, starts_ptr, lens_ptr, table_ptr, QUERIES, CACHE, SCORING,
+                    TILE, SCHEDULE,
+                ),
+            ),
+        ],
+        [WARPS, 1],
+        [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
+    )  # fmt: skip
