@@ -94,7 +94,7 @@ KERNEL_BUGS: dict[str, KernelBug] = {
         "logits = products * (scale * LOG2_E)",
     ),
     "alibi_mirrored": _page("scores", "keys[None, :] - positions[:, None]", "positions[:, None] - keys[None, :]"),
-    "k_scale_of_first_head": _page("paged_attention", "kv_head * K_SCALE_STRIDE", "kv_head * 0", "head_scale"),
+    "k_scale_of_first_head": _page("scores", "kv_head * K_SCALE_STRIDE", "kv_head * 0", "head_scale"),
     "v_scale_of_first_head": _page("online_softmax", "heads // GROUP_SIZE * V_SCALE_STRIDE", "heads * 0", "head_scale"),
     "qq_bias_one_column_more": _unified(
         "scores", "(columns < SIZE)", "(columns <= SIZE)", "qq_bias_small", changes={"causal": False}
@@ -159,9 +159,7 @@ KERNEL_BUGS: dict[str, KernelBug] = {
     "context_one_too_long": _unified(
         "paged_attention", "context = num_keys - num_tokens", "context = num_keys - num_tokens + 1"
     ),
-    "keys_of_first_token_only": _unified(
-        "paged_attention", "(first_row + (TILE.block_m - 1)) // QUERIES", "first_row // QUERIES"
-    ),
+    "keys_of_first_token_only": _unified("rows", "(first_row + (NUM_ROWS - 1)) // QUERIES", "first_row // QUERIES"),
     # Which rows.
     "positions_from_tile": _unified(
         "paged_attention",
@@ -192,13 +190,13 @@ KERNEL_BUGS: dict[str, KernelBug] = {
         "schedule", " * split + tl.minimum(split, tiles % num_splits)", " * split", changes={"window": None}
     ),
     "splits_begin_before_window": _page(
-        "paged_attention",
-        "(first_tile + tile_begin)",
-        "tile_begin",
+        "schedule",
+        "return first_tile + tile_begin,",
+        "return tile_begin,",
         "window_splits",
         changes={"window": 40},
     ),
-    "splits_end_before_window": _page("paged_attention", "(first_tile + tile_end)", "tile_end", "window_splits"),
+    "splits_end_before_window": _page("schedule", "first_tile + tile_end", "tile_end", "window_splits"),
     "natural_partial_lse": _page(
         "split_reduce", "base2_lse(row_max, row_sum), mask=row_mask", "base2_lse(row_max, row_sum) * 0.7, mask=row_mask"
     ),
@@ -228,6 +226,7 @@ KERNEL_BUGS: dict[str, KernelBug] = {
         "paged_attention",
         (
             ("import store_rows", "import add_sinks, store_rows"),
+            ("import load_score_scale", "import LOG2_E, load_score_scale"),
             (
                 "    else:\n        store_partial(",
                 "    else:\n"

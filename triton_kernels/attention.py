@@ -12,7 +12,7 @@ from triton_kernels.online_softmax import store_rows
 from triton_kernels.pages import clamp
 from triton_kernels.rows import head_of_program, keys_of_rows, unpack_rows, visible_keys
 from triton_kernels.schedule import tile_range
-from triton_kernels.scores import LOG2_E
+from triton_kernels.scores import load_score_scale
 from triton_kernels.segments import load_row_segments, tiles_of_segments
 
 SEGMENT_TILES = tl.constexpr(256)  # of keys, whose segments a program compares at once
@@ -57,8 +57,9 @@ def dense_attention_kernel(
     num_keys = first_row * 0 + NUM_KEYS
     if lens_ptr is not None:
         num_keys = clamp(tl.load(lens_ptr + batch), 0, NUM_KEYS)
-    last_token = tl.minimum((first_row + (TILE.block_m - 1)) // QUERIES.group_size, QUERIES.num_tokens - 1)
-    key_begin, key_end, whole_begin, whole_end = visible_keys(first_token, last_token, num_keys, SCORING)
+    key_begin, key_end, whole_begin, whole_end = visible_keys(
+        first_row, TILE.block_m, 0, QUERIES.num_tokens, num_keys, QUERIES, SCORING
+    )
     row_begin, row_end = keys_of_rows(tokens, num_keys, SCORING)
     first_tile, num_tiles = tile_range(key_begin, key_end, TILE.block_n)
     end_tile = first_tile + num_tiles
@@ -90,7 +91,7 @@ def dense_attention_kernel(
         0,
         None,
         None,
-        SCORING.softmax_scale * (LOG2_E if SCORING.scale_is_folded else 1.0),
+        load_score_scale(None, kv_head, 0, SCORING),
         CACHE,
         SCORING,
         TILE,

@@ -28,10 +28,9 @@ from triton_kernels.schedule import (
     measure_shares,
     partial_number,
     shares_of,
-    split_begin,
-    tile_range,
+    tiles_of_share,
 )
-from triton_kernels.scores import LOG2_E, base_2_logits, hide
+from triton_kernels.scores import base_2_logits, hide, load_score_scale
 from triton_kernels.split_reduce import store_partial
 
 ROWS = tl.constexpr(64)  # of a warpgroup
@@ -307,17 +306,12 @@ def consume(
     while num_tiles > 0:
         my_rows = first_row + GROUP * ROWS
         context = num_keys - num_tokens
-        last_token = gl.minimum((my_rows + (ROWS - 1)) // QUERIES.group_size, num_tokens - 1)
-        _, _, whole_begin, whole_end = visible_keys(
-            context + my_rows // QUERIES.group_size, context + last_token, num_keys, SCORING
-        )
+        _, _, whole_begin, whole_end = visible_keys(my_rows, ROWS, context, num_tokens, num_keys, QUERIES, SCORING)
         rows = my_rows + gl.arange(0, ROWS, score_rows)
         row_begin, row_end = keys_of_rows(context + rows // QUERIES.group_size, num_keys, SCORING)
         row_begin = gl.maximum(row_begin, key_begin)
         row_end = gl.minimum(row_end, key_end)
-        score_scale = SCORING.softmax_scale * (LOG2_E if SCORING.scale_is_folded else 1.0)
-        if k_scale_ptr is not None:
-            score_scale = gl.load(k_scale_ptr + kv_head * K_SCALE_STRIDE) * score_scale
+        score_scale = load_score_scale(k_scale_ptr, kv_head, K_SCALE_STRIDE, SCORING)
         # Of the tiles behind the first one: those from `first_whole` to `end_whole` need no mask.
         first_whole = clamp((whole_begin - begin + (block_n - 1)) // block_n, 1, num_tiles)
         end_whole = clamp((gl.minimum(whole_end, key_end) - begin) // block_n, first_whole, num_tiles)
@@ -431,17 +425,15 @@ def part_of_share(
 
     Rows without keys go through one tile, of zeros.
     """
-    context = num_keys - num_tokens
-    last_token = gl.minimum((first_row + (TILE.block_m - 1)) // QUERIES.group_size, num_tokens - 1)
     key_begin, key_end, _, _ = visible_keys(
-        context + first_row // QUERIES.group_size, context + last_token, num_keys, SCORING
+        first_row, TILE.block_m, num_keys - num_tokens, num_tokens, num_keys, QUERIES, SCORING
     )
-    first_tile, tiles = tile_range(key_begin, key_end, TILE.block_n)
-    tile_begin = split_begin(share, first_share, num_splits, begin, share_length, tiles, SCHEDULE)
-    tile_end = split_begin(share + 1, first_share, num_splits, begin, share_length, tiles, SCHEDULE)
-    begin_key = (first_tile + tile_begin) * TILE.block_n
+    tile_begin, tile_end = tiles_of_share(
+        share, first_share, num_splits, begin, share_length, key_begin, key_end, TILE.block_n, SCHEDULE
+    )
+    begin_key = tile_begin * TILE.block_n
     key_begin = gl.maximum(key_begin, begin_key)
-    key_end = gl.minimum(key_end, (first_tile + tile_end) * TILE.block_n)
+    key_end = gl.minimum(key_end, tile_end * TILE.block_n)
     return begin_key, gl.maximum(tile_end - tile_begin, 1), key_begin, key_end
 
 

@@ -20,10 +20,9 @@ from triton_kernels.schedule import (
     measure_shares,
     partial_number,
     shares_of,
-    split_begin,
-    tile_range,
+    tiles_of_share,
 )
-from triton_kernels.scores import LOG2_E
+from triton_kernels.scores import load_score_scale
 from triton_kernels.split_reduce import store_partial
 
 
@@ -83,9 +82,8 @@ def attend_row_tile(
     )  # [BLOCK_M, BLOCK_D]
 
     context = num_keys - num_tokens
-    last_token = tl.minimum((first_row + (TILE.block_m - 1)) // QUERIES.group_size, num_tokens - 1)
     key_begin, key_end, whole_begin, whole_end = visible_keys(
-        context + first_row // QUERIES.group_size, context + last_token, num_keys, SCORING
+        first_row, TILE.block_m, context, num_tokens, num_keys, QUERIES, SCORING
     )
     positions = context + tokens
     row_begin, row_end = keys_of_rows(positions, num_keys, SCORING)
@@ -93,13 +91,11 @@ def attend_row_tile(
         key_begin = tl.maximum(key_begin, first_key)
         whole_begin = tl.maximum(whole_begin, first_key)
         row_begin = tl.maximum(row_begin, first_key)
-    first_tile, tiles = tile_range(key_begin, key_end, TILE.block_n)
-    tile_begin = split_begin(share, first_share, num_splits, begin, share_length, tiles, SCHEDULE)
-    tile_end = split_begin(share + 1, first_share, num_splits, begin, share_length, tiles, SCHEDULE)
+    tile_begin, tile_end = tiles_of_share(
+        share, first_share, num_splits, begin, share_length, key_begin, key_end, TILE.block_n, SCHEDULE
+    )
 
-    score_scale = SCORING.softmax_scale * (LOG2_E if SCORING.scale_is_folded else 1.0)
-    if k_scale_ptr is not None:
-        score_scale = tl.load(k_scale_ptr + kv_head * K_SCALE_STRIDE) * score_scale
+    score_scale = load_score_scale(k_scale_ptr, kv_head, K_SCALE_STRIDE, SCORING)
     slopes = None
     if alibi_ptr is not None:
         slopes = tl.load(alibi_ptr + heads, mask=row_mask, other=0.0).to(tl.float32)
@@ -107,8 +103,6 @@ def attend_row_tile(
         sequence = segment
     else:
         sequence = clamp(segment - 1, 0, QUERIES.num_seqs - 1)
-    split_begin_key = (first_tile + tile_begin) * TILE.block_n
-    split_end_key = (first_tile + tile_end) * TILE.block_n
     k_ptr += kv_head.to(tl.int64) * CACHE.k_head_stride
     v_ptr += kv_head.to(tl.int64) * CACHE.v_head_stride
     if table_ptr is None:  # the keys of a sequence are a page of their own
@@ -118,8 +112,8 @@ def attend_row_tile(
         table_ptr += sequence.to(tl.int64) * CACHE.table_width
     row_max, row_sum, acc = attend(
         q,
-        split_begin_key,
-        split_end_key,
+        tile_begin * TILE.block_n,
+        tile_end * TILE.block_n,
         k_ptr,
         v_ptr,
         table_ptr,

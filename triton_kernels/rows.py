@@ -39,8 +39,16 @@ def keys_of_rows(positions, num_keys, SCORING: tl.constexpr):
 
 
 @triton.jit
-def visible_keys(first_position, last_position, num_keys, SCORING: tl.constexpr):
-    """Keys `[begin, end)` that a row between two positions sees, and those `[begin, end)` that every such row sees."""
+def visible_keys(
+    first_row, NUM_ROWS: tl.constexpr, context, num_tokens, num_keys, QUERIES: tl.constexpr, SCORING: tl.constexpr
+):
+    """Keys `[begin, end)` that some of `NUM_ROWS` packed rows see, and those `[begin, end)` that all of them see.
+
+    `context` is the position of the sequence's first token.
+    """
+    last_token = tl.minimum((first_row + (NUM_ROWS - 1)) // QUERIES.group_size, num_tokens - 1)
+    first_position = context + first_row // QUERIES.group_size
+    last_position = context + last_token
     key_begin = num_keys * 0
     whole_begin = num_keys * 0
     if SCORING.window_left is not None:

@@ -208,6 +208,25 @@ def split_begin(share, first_share, num_splits, begin, share_length, tiles, SCHE
 
 
 @triton.jit
+def tiles_of_share(
+    share,
+    first_share,
+    num_splits,
+    begin,
+    share_length,
+    key_begin,
+    key_end,
+    BLOCK_N: tl.constexpr,
+    SCHEDULE: tl.constexpr,
+):
+    """The KV tiles `[begin, end)` that `share` has of a row tile that sees the keys `[key_begin, key_end)`."""
+    first_tile, tiles = tile_range(key_begin, key_end, BLOCK_N)
+    tile_begin = split_begin(share, first_share, num_splits, begin, share_length, tiles, SCHEDULE)
+    tile_end = split_begin(share + 1, first_share, num_splits, begin, share_length, tiles, SCHEDULE)
+    return first_tile + tile_begin, first_tile + tile_end
+
+
+@triton.jit
 def partial_number(share, first_share, SCHEDULE: tl.constexpr):
     """Where the partial result of `share` for a row tile goes.
 

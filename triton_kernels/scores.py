@@ -40,6 +40,15 @@ def soft_cap(products, scale, CAP: tl.constexpr, IS_EXACT: tl.constexpr):
 
 
 @triton.jit
+def load_score_scale(k_scale_ptr, kv_head, K_SCALE_STRIDE: tl.constexpr, SCORING: tl.constexpr):
+    """What dot products of a KV head are multiplied by: with `log2(e)` where nothing comes between."""
+    scale = SCORING.softmax_scale * (LOG2_E if SCORING.scale_is_folded else 1.0)
+    if k_scale_ptr is not None:
+        scale = tl.load(k_scale_ptr + kv_head * K_SCALE_STRIDE) * scale
+    return scale
+
+
+@triton.jit
 def base_2_logits(products, scale, SCORING: tl.constexpr, IS_EXACT: tl.constexpr):
     """Dot products as base-2 logits but for a factor, and the factor: all of the scale, where it may wait."""
     logits = products
