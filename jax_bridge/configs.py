@@ -92,10 +92,11 @@ class Config:
 
 def warp_specialization(cfg: Config) -> bool | None:
     """What `cfg` says about specialised warps: tiles that it fixes are those of programs without; None for nothing."""
-    if not hasattr(cfg, "warp_specialized") or cfg.warp_specialized is not None:
-        return getattr(cfg, "warp_specialized", None)
+    if not hasattr(cfg, "warp_specialized"):
+        return None
     tile = ("block_m", "block_n", "num_warps", "num_stages", "programs_per_sm", "skip_masks")
-    return False if any(getattr(cfg, name) is not None for name in tile) else None
+    implied = False if any(getattr(cfg, name) is not None for name in tile) else None
+    return implied if cfg.warp_specialized is None else cfg.warp_specialized
 
 
 def chosen(value: int | None) -> int:
@@ -106,11 +107,17 @@ def chosen(value: int | None) -> int:
 
 
 def completed(cfg: Any, defaults: Any) -> Any:
-    """`cfg` with the fields that it leaves open, also in configurations inside it, taken from `defaults`."""
+    """`cfg` with the fields that it leaves open, also in configurations inside it, taken from `defaults`.
+
+    What the fields that it fixes say about specialised warps comes before what `defaults` say.
+    """
     changes = {}
     for field in dataclasses.fields(cfg):
         value, default = getattr(cfg, field.name), getattr(defaults, field.name)
-        if value is None:
+        if field.name == "warp_specialized":
+            value = warp_specialization(cfg)
+            changes[field.name] = default if value is None else value
+        elif value is None:
             changes[field.name] = default
         elif isinstance(value, Config):
             changes[field.name] = completed(value, default)

@@ -12,6 +12,7 @@ from jax_bridge.validation import PagedSizes
 
 TILE_ROWS = 128  # of two warpgroups
 WARPS = 4  # of a warpgroup, which is all that a launch asks for: the kernel adds the others
+COMPUTING_WARPS = 2 * WARPS
 HEAD_DIMS = (64, 128, 256)
 _SMALLEST_PAGE = 8  # tokens: the TMA swizzles shared memory by eight rows
 _MOST_CACHE_ROWS = 1 << 30  # MOST_CACHE_ROWS of the kernel, without importing it
@@ -76,7 +77,7 @@ def check(invocation: Any, cfg: Any, device: Device) -> None:
         )
     expected = {"block_m": TILE_ROWS, "skip_masks": True}
     if invocation.operation == "prefill_page_attention":
-        expected["num_warps"] = 2 * WARPS
+        expected["num_warps"] = COMPUTING_WARPS
     for name, value in expected.items():
         if (given := getattr(cfg, name)) != value:
             raise ValueError(

@@ -214,7 +214,9 @@ def prefill_page_attention_config(
     rows = sizes.num_tokens * sizes.group_size
     if warp_specialized:
         return PrefillPageAttentionConfig(
-            **_specialized_fields(sizes), num_warps=8, min_tiles_per_split=_MIN_SPECIALIZED_TILES
+            **_specialized_fields(sizes),
+            num_warps=hopper_launch.COMPUTING_WARPS,
+            min_tiles_per_split=_MIN_SPECIALIZED_TILES,
         )
     if rows <= _MOST_DECODE_ROWS or is_full_precision(query_dtype):
         tile = decode_tile(sizes, rows, query_dtype, cache_dtype, device)

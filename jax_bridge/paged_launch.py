@@ -208,6 +208,10 @@ class PagedCall:
             if work.splits > 1:
                 partial_rows = (schedule.first_partial + work.partials) * self.sizes.num_kv_heads * rows.block_m
         constants = self._constants()
+        num_programs = num_slots * self.sizes.num_kv_heads
+        num_warps = max(rows.num_warps for rows in classes)
+        takes_tickets = classes[0].shares_per_program > 0
+        tickets = {"ticket_ptr": jnp.zeros(1, jnp.int32) if takes_tickets else None}
         if classes[0].warp_specialized:
             kernel = kernels("hopper_attention").hopper_paged_attention_kernel
             specialised = {"TILE": tiles[0], "SCHEDULE": schedules[0]}
@@ -215,6 +219,8 @@ class PagedCall:
             operands |= hopper_launch.cache_descriptors(
                 self.operands["k_ptr"], self.operands["v_ptr"], self.options.kv_layout, classes[0].block_n
             )
+            num_programs = min(num_programs, self.device.num_sms * classes[0].programs_per_sm)  # they take turns
+            num_warps, tickets = hopper_launch.WARPS, {}
         elif len(classes) == 1:
             kernel = kernels("paged_attention").paged_attention_kernel
             specialised = {"TILE": tiles[0], "SCHEDULE": schedules[0]}
@@ -224,23 +230,16 @@ class PagedCall:
             specialised = {"FEW_TILE": tiles[0], "FEW_SCHEDULE": schedules[0]}
             specialised |= {"MANY_TILE": tiles[1], "MANY_SCHEDULE": schedules[1]}
             operands = dict(self.operands)
+            if takes_tickets:  # programs for few rows come first and last
+                num_programs += schedules[0].num_slots * self.sizes.num_kv_heads
         answers = self._answers()
         partials = {
             "partial_out_ptr": Output((partial_rows, self.sizes.value_head_dim), jnp.float32),
             "partial_lse_ptr": Output((partial_rows,), jnp.float32),
         }
-        num_programs = num_slots * self.sizes.num_kv_heads
-        takes_tickets = classes[0].shares_per_program > 0
-        if classes[0].warp_specialized:
-            num_programs = min(num_programs, self.device.num_sms * classes[0].programs_per_sm)
-        if takes_tickets and len(classes) == 2:
-            # Programs for few rows come first and last.
-            num_programs += schedules[0].num_slots * self.sizes.num_kv_heads
-        updated: dict[str, jax.Array | None] = {}
-        if not classes[0].warp_specialized:
-            updated["ticket_ptr"] = jnp.zeros(1, jnp.int32) if takes_tickets else None
-        updated |= {name: earlier[name] if output else None for name, output in answers.items()} if earlier else {}
-        num_warps = hopper_launch.WARPS if classes[0].warp_specialized else max(rows.num_warps for rows in classes)
+        updated = tickets | (
+            {name: earlier[name] if output else None for name, output in answers.items()} if earlier else {}
+        )
         results = launch(
             kernel,
             outputs={

@@ -21,7 +21,7 @@ import numpy as np
 import platformdirs
 
 from jax_bridge import launch
-from jax_bridge.configs import Config, FwdParams, completed, warp_specialization
+from jax_bridge.configs import Config, FwdParams, completed
 from jax_bridge.device import Device
 
 DIRECTORY_VARIABLE = "JAX_BRIDGE_CACHE_DIR"
@@ -100,9 +100,7 @@ def find(
     if entry is not None:
         try:
             cfg = _config(invocation.operation, entry["cfg"])
-            if defaults is not None:
-                cfg = completed(_settled(cfg), defaults())
-            choice = Choice(cfg, str(path))
+            choice = Choice(cfg if defaults is None else completed(cfg, defaults()), str(path))
         except (KeyError, TypeError, ValueError) as error:
             warnings.warn(f"{path}: an entry is ignored: {error!r}", RuntimeWarning, stacklevel=2)
         else:
@@ -110,12 +108,6 @@ def find(
             return choice
     _absent.add(key)
     return None
-
-
-def _settled(cfg: Any) -> Any:
-    """`cfg`, of a version that knew no specialised warps perhaps."""
-    specialized = warp_specialization(cfg)
-    return cfg if specialized is None else dataclasses.replace(cfg, warp_specialized=specialized)
 
 
 def remember(invocation: Any, platform: str, device: Device | None, choice: Choice) -> None:
