@@ -1,6 +1,7 @@
 """Compiles the kernels that a call would launch, for any GPU, on a host without one, and reads the machine code."""
 
 import contextlib
+import functools
 import re
 import statistics
 import subprocess
@@ -14,7 +15,6 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import triton
-from jax_triton import TensorDescriptor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
@@ -123,17 +123,21 @@ def recorded_launches(*modules: Any) -> Iterator[list[Launch]]:
 
 def _type_of(array: Any) -> str:
     """Triton's name for the type of an operand."""
-    if isinstance(array, TensorDescriptor):
+    if hasattr(array, "block_shape"):  # what `launch.descriptor` makes of one
         element, block = _TYPES[jnp.dtype(array.base.dtype).name], ",".join(map(str, array.block_shape))
         return f"tensordesc<{element}[{block}],{array.layout!r}>"
     return f"*{_TYPES[jnp.dtype(array.dtype).name]}"
 
 
-def launches_of(function: Callable[..., Any], *arguments: Any, modules: tuple[Any, ...]) -> list[Launch]:
-    """The launches of `function` of arrays or `ShapeDtypeStruct`s."""
+def launches_of(
+    function: Callable[..., Any], *arguments: Any, modules: tuple[Any, ...], **keywords: Any
+) -> list[Launch]:
+    """The launches of `function` of arrays or `ShapeDtypeStruct`s; keywords that are none of these are static."""
+    traced = {name: value for name, value in keywords.items() if isinstance(value, jax.Array | jax.ShapeDtypeStruct)}
+    static = {name: value for name, value in keywords.items() if name not in traced}
     jax.clear_caches()  # a trace from before would not launch again, and ours answers zeros
     with recorded_launches(*modules) as launches:
-        jax.eval_shape(function, *arguments)
+        jax.eval_shape(functools.partial(function, **static), *arguments, **traced)
     jax.clear_caches()
     return launches
 

@@ -199,14 +199,9 @@ def on_architectures(variants: tuple[Variant, ...]) -> list[Any]:
 def compiled(variant: Variant, target: GPUTarget, chip: str, cfg: Any = None) -> list[Binary]:
     """The kernels that a call launches, with the configuration that the heuristics choose for `chip`."""
     arrays, keywords = variant.arguments()
-    traced = {name: value for name, value in keywords.items() if isinstance(value, jax.ShapeDtypeStruct)}
-    static = {name: value for name, value in keywords.items() if name not in traced}
-
-    def call(arrays: Any, traced: Any) -> Any:
-        return getattr(jax_bridge, variant.operation)(*arrays, **traced, **static, platform="triton", cfg=cfg)
-
+    operation = getattr(jax_bridge, variant.operation)
     with device.target_device(chip):
-        launches = launches_of(call, arrays, traced, modules=(paged_launch,))
+        launches = launches_of(operation, *arrays, modules=(paged_launch,), **keywords, platform="triton", cfg=cfg)
     return [compile_launch(launch, target) for launch in launches]
 
 

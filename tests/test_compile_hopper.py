@@ -80,14 +80,8 @@ class Prompts:
 
     def binary(self, cfg: UnifiedAttentionConfig | None = None, **options: Any) -> Binary:
         """The kernel that takes the prompts."""
-        keywords = self.keywords
-        traced = {name: value for name, value in keywords.items() if isinstance(value, jax.ShapeDtypeStruct)}
-        static = {name: value for name, value in keywords.items() if name not in traced} | options
-
-        def call(arrays: Any, traced: Any) -> Any:
-            return jax_bridge.unified_attention(*arrays, **traced, **static, platform="triton", cfg=cfg)
-
-        launches = launches_of(call, self.arrays, traced, modules=(paged_launch,))
+        keywords = self.keywords | options | {"platform": "triton", "cfg": cfg}
+        launches = launches_of(jax_bridge.unified_attention, *self.arrays, modules=(paged_launch,), **keywords)
         (prompts,) = (each for each in launches if each.kernel.__name__ == "hopper_paged_attention_kernel")
         return compile_launch(prompts, HOPPER)
 

@@ -10,6 +10,7 @@ import pytest
 
 import jax_bridge
 from jax_bridge.device import current_device, target_device
+from jax_bridge.registry import OPERATIONS as OBJECTS
 from tests import judge
 from tests.cases import Case
 from tests.implementations import SMALL_DEVICE, Implementation, arguments, implementations_of
@@ -88,11 +89,8 @@ SPLITS: dict[str, dict[str, Any]] = {
 
 def configured(operation: str, **fields: Any) -> Any:
     """A configuration that asks for specialised warps."""
-    types = {
-        "unified_attention": jax_bridge.UnifiedAttentionConfig,
-        "prefill_page_attention": jax_bridge.PrefillPageAttentionConfig,
-    }
-    return types[operation](warp_specialized=True, **fields)
+    config_type: Any = OBJECTS[operation].config_type
+    return config_type(warp_specialized=True, **fields)
 
 
 def kernel(operation: str) -> Implementation:
