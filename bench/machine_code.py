@@ -67,6 +67,7 @@ class Binary:
     wide_stores: int
     narrow_stores: int
     ttgir: str
+    sass: str
     launch: Launch
 
     @property
@@ -185,6 +186,7 @@ def compile_launch(launch: Launch, target: GPUTarget) -> Binary:
         wide_stores=len(re.findall(r"STG\.E[.\w]*\.128", sass)),
         narrow_stores=len(re.findall(r"STG\.E(?![.\w]*\.128)", sass)),
         ttgir=ttgir,
+        sass=sass,
         launch=launch,
     )
 

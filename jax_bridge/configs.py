@@ -95,7 +95,8 @@ def warp_specialization(cfg: Config) -> bool | None:
     if not hasattr(cfg, "warp_specialized"):
         return None
     tile = ("block_m", "block_n", "num_warps", "num_stages", "programs_per_sm", "skip_masks")
-    implied = False if any(getattr(cfg, name) is not None for name in tile) else None
+    decode_tile = ("decode_block_n", "decode_num_stages", "decode_programs_per_sm")
+    implied = False if any(getattr(cfg, name, None) is not None for name in (*tile, *decode_tile)) else None
     return implied if cfg.warp_specialized is None else cfg.warp_specialized
 
 
@@ -179,7 +180,7 @@ class UnifiedAttentionConfig(Config):
     """How `unified_attention` runs.
 
     Sequences whose rows (tokens times query heads a KV head) fit a decode tile are divided among programs of one kind,
-    longer ones among programs of another kind, in one launch, or where the latter have specialised warps in two.
+    longer ones among programs of another kind in the same launch. Programs with specialised warps do both.
 
     Attributes:
         seq_threshold_3d: number of sequences up to which keys are divided; 0 never does.
@@ -192,15 +193,15 @@ class UnifiedAttentionConfig(Config):
         block_n: keys a prefill tile.
         programs_per_sm: prefill programs a streaming multiprocessor.
         skip_masks: whether prefill tiles whose keys every row sees leave out the mask.
-        decode_block_m: query rows a decode tile.
-        decode_block_n: keys a decode tile.
-        decode_num_stages: depth of the software pipeline over decode tiles.
-        decode_programs_per_sm: decode programs a streaming multiprocessor.
+        decode_block_m: query rows a decode tile, and of the longest sequences that are decoding.
+        decode_block_n: keys a decode tile; None with specialised warps, whose tiles are all alike.
+        decode_num_stages: depth of the software pipeline over decode tiles, likewise.
+        decode_programs_per_sm: decode programs a streaming multiprocessor, likewise.
         min_tiles_per_split: decode tiles of keys below which a sequence is not divided further.
-        warp_specialized: whether prefill tiles are computed by programs with specialised warps, which Hopper has. They
-            take tiles of 128 rows, `num_stages` is how many tiles of K and of V are in shared memory, and `num_warps`
-            is of decode programs; where all is decoding there are none. If None, fixing one of `block_m`, `block_n`,
-            `num_warps`, `num_stages`, `programs_per_sm` and `skip_masks` means False.
+        warp_specialized: whether programs have specialised warps, which Hopper has, unless all sequences are decoding.
+            They take tiles of 128 rows, `num_stages` is how many tiles of K and of V are in shared memory, `num_warps`
+            counts those that compute. If None, fixing one of `block_m`, `block_n`, `num_warps`, `num_stages`,
+            `programs_per_sm`, `skip_masks` and the decode tile's fields but `decode_block_m` means False.
     """
 
     seq_threshold_3d: int | None = None

@@ -14,6 +14,7 @@ TILE_ROWS = 128  # of two warpgroups
 WARPS = 4  # of a warpgroup, which is all that a launch asks for: the kernel adds the others
 COMPUTING_WARPS = 2 * WARPS
 HEAD_DIMS = (64, 128, 256)
+DECODE_TILE_FIELDS = ("decode_block_n", "decode_num_stages", "decode_programs_per_sm")  # which decoding has alone
 _SMALLEST_PAGE = 8  # tokens: the TMA swizzles shared memory by eight rows
 _MOST_CACHE_ROWS = 1 << 30  # MOST_CACHE_ROWS of the kernel, without importing it
 _TILE_BYTES = 32 << 10  # of K or V
@@ -58,12 +59,19 @@ def block_n(sizes: PagedSizes) -> int:
 
 
 def num_stages(sizes: PagedSizes) -> int:
-    """Tiles of K, and as many of V, in shared memory."""
-    return 3 if sizes.head_dim <= 64 else 2
+    """Tiles of K, and as many of V, in shared memory: beside prompts there may be decoding, which waits for memory."""
+    widest = 128 if sizes.num_seqs > 1 else 64
+    return 3 if sizes.head_dim <= widest else 2
 
 
-def check(invocation: Any, cfg: Any, device: Device) -> None:
+def check(invocation: Any, cfg: Any, device: Device, *, is_decoding: bool = False) -> None:
     """Refuse a configuration that asks for the kernel where it cannot follow.
+
+    Args:
+        invocation: The call.
+        cfg: Its complete configuration.
+        device: The GPU to run on.
+        is_decoding: Whether nothing is left for the kernel, which has no decode tiles, and others have.
 
     Raises:
         NotImplementedError: It cannot do what the call asks for.
@@ -75,19 +83,19 @@ def check(invocation: Any, cfg: Any, device: Device) -> None:
         raise NotImplementedError(
             f"{invocation.operation}[triton] with warp_specialized=True does not support {words}; leave it out of cfg"
         )
-    expected = {"block_m": TILE_ROWS, "skip_masks": True}
-    if invocation.operation == "prefill_page_attention":
-        expected["num_warps"] = COMPUTING_WARPS
+    expected: dict[str, Any] = {"block_m": TILE_ROWS, "skip_masks": True}
+    if not is_decoding:
+        expected |= {"num_warps": COMPUTING_WARPS, **dict.fromkeys(DECODE_TILE_FIELDS)}
     for name, value in expected.items():
-        if (given := getattr(cfg, name)) != value:
+        if (given := getattr(cfg, name, None)) != value:
             raise ValueError(
                 f"{invocation.operation}: cfg.{name} is {given}, expected {value} with warp_specialized=True"
             )
-    if cfg.block_n > _MOST_KEYS:
-        raise ValueError(
-            f"{invocation.operation}: cfg.block_n is {cfg.block_n}, expected at most {_MOST_KEYS} "
-            f"with warp_specialized=True"
-        )
+    for name, most in {"block_n": _MOST_KEYS, "decode_block_m": TILE_ROWS}.items():
+        if (given := getattr(cfg, name, most)) > most:
+            raise ValueError(
+                f"{invocation.operation}: cfg.{name} is {given}, expected at most {most} with warp_specialized=True"
+            )
 
 
 def cache_descriptors(keys: Any, values: Any, kv_layout: str, keys_a_tile: int) -> dict[str, Any]:

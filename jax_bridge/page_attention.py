@@ -69,7 +69,7 @@ def _triton(invocation: Invocation, cfg: PageAttentionConfig, device: Device) ->
         call = paged_launch.PagedCall(
             "page_attention", operands, sizes, options, device, max_keys=options.max_context_len
         )
-        return call.attend(paged_heuristics.page_attention_launches(cfg))
+        return call.attend(paged_heuristics.page_attention_classes(cfg))
 
     out, lse = launch.kernel_operation("page_attention[triton]", attend)(dict(invocation.arrays))
     return (out, lse) if options.return_lse else out

@@ -25,16 +25,19 @@ from jax_bridge.paged_launch import RowClass
 from jax_bridge.tiles import MOST_WARPS, next_power_of_two, padded_head_dim, widest_head
 from jax_bridge.validation import PagedSizes
 
-Launches = tuple[tuple[RowClass, ...], ...]
+Classes = tuple[RowClass, ...]
 
 _MOST_DECODE_ROWS = 64  # rows of a decode tile
 _SPECULATIVE_TOKENS = 4  # tokens a sequence that a decode tile beside prefill tiles makes room for
 _SHORT_TOKENS = 16  # tokens a sequence below which most of a batch is decoding, one token or a few at a time
-_SPECIALIZED_ROWS = 512  # of a single sequence: with fewer the other programs begin and end sooner
+_SPECIALIZED_ROWS = 256  # of a single sequence: with fewer the other programs begin and end sooner
+_SPECIALIZED_TOKENS = 8  # tokens a sequence from which programs with specialised warps take a batch
 _FULL_WAVES = 3  # programs a multiprocessor that large prefill tiles must make: fewer leave it idle at the end
 _LONG_ROWS = 512  # rows a sequence that make the larger prefill tile better also where its keys will be split
 _SHARES_PER_PROGRAM = 3  # of decoding beside prefilling: how evenly both end
+_SHARES_BESIDE_OTHERS = 2  # of a program with specialised warps, likewise
 _MIN_DECODE_TILES = 2  # of keys in a split
+_SHORT_TILES = 8  # of keys, of sequences that are not divided where there are about as many as programs
 _SIDE_BYTES = 20 << 10  # of shared memory that a decode loop takes beside its tiles, with every feature
 _PREFILL_SIDE_BYTES = 2 << 10  # likewise of a prefill loop, beside its weights
 _MIN_PREFILL_TILES = 16  # of keys in a split: fewer are not worth writing partial results of many rows
@@ -74,6 +77,14 @@ def decode_tile(sizes: PagedSizes, rows: int, query_dtype: Any, cache_dtype: Any
 def _decode_programs_per_sm(tile: TileShape) -> int:
     """As many as the registers of a decode tile let run at once."""
     return {8: 4, 16: 3, 32: 3}.get(tile.block_m, 2)
+
+
+def _min_decode_tiles(sizes: PagedSizes, tile: TileShape, device: Device) -> int:
+    """Tiles of a split: all that there are of a sequence where many are short, and none waits long for another."""
+    programs = device.num_sms * _decode_programs_per_sm(tile)
+    fills_device = 4 * min(sizes.num_seqs, sizes.num_tokens) * sizes.num_kv_heads >= 3 * programs
+    is_short = sizes.table_width * sizes.page_size <= _SHORT_TILES * tile.block_n
+    return _SHORT_TILES if fills_device and is_short else _MIN_DECODE_TILES
 
 
 def _prefill_programs_per_sm(sizes: PagedSizes) -> int:
@@ -140,14 +151,14 @@ def page_attention_config(sizes: PagedSizes, query_dtype: Any, cache_dtype: Any,
     return PageAttentionConfig(
         **dataclasses.asdict(tile),
         programs_per_sm=_decode_programs_per_sm(tile),
-        min_tiles_per_split=_MIN_DECODE_TILES,
+        min_tiles_per_split=_min_decode_tiles(sizes, tile, device),
         skip_masks=False,
     )
 
 
-def page_attention_launches(cfg: PageAttentionConfig) -> Launches:
+def page_attention_classes(cfg: PageAttentionConfig) -> Classes:
     """How page attention runs every sequence; a `num_splits` that is open balances the batch."""
-    return ((_row_class(cfg, num_splits=cfg.num_splits or 0),),)
+    return (_row_class(cfg, num_splits=cfg.num_splits or 0),)
 
 
 def ragged_decode_attention_config(
@@ -166,7 +177,7 @@ def ragged_decode_attention_config(
     )
 
 
-def ragged_decode_attention_launches(cfg: RaggedDecodeAttentionConfig) -> Launches:
+def ragged_decode_attention_classes(cfg: RaggedDecodeAttentionConfig) -> Classes:
     """How ragged decode attention runs every row; a `num_key_splits` that is open balances the batch."""
     tile, params = _ragged_tile(cfg), _params(cfg)
     rows = RowClass(
@@ -176,7 +187,7 @@ def ragged_decode_attention_launches(cfg: RaggedDecodeAttentionConfig) -> Launch
         min_tiles=_MIN_DECODE_TILES,
         num_splits=params.num_key_splits or 0,
     )
-    return ((rows,),)
+    return (rows,)
 
 
 def _params(cfg: RaggedDecodeAttentionConfig) -> FwdParams:
@@ -237,10 +248,10 @@ def prefill_page_attention_config(
     )
 
 
-def prefill_page_attention_launches(cfg: PrefillPageAttentionConfig, sizes: PagedSizes, device: Device) -> Launches:
+def prefill_page_attention_classes(cfg: PrefillPageAttentionConfig, sizes: PagedSizes, device: Device) -> Classes:
     """How a chunk runs: its keys are divided where its row tiles alone would not fill the device."""
     rows = _row_class(cfg, num_splits=cfg.num_splits or 0)
-    return ((_undivided_if_full(rows, sizes, sizes.num_tokens * sizes.group_size, device),),)
+    return (_undivided_if_full(rows, sizes, sizes.num_tokens * sizes.group_size, device),)
 
 
 def _row_class(cfg: Any, *, num_splits: int) -> RowClass:
@@ -263,8 +274,9 @@ def specializes_warps(arrays: Mapping[str, Any], sizes: PagedSizes, device: Devi
     if sizes.num_seqs == 1:
         is_worth_it = rows >= _SPECIALIZED_ROWS
     else:
-        is_worth_it = _overlaps(sizes) and rows // hopper_launch.TILE_ROWS * sizes.num_kv_heads >= device.num_sms
-    is_prefill = not _is_decode_only(sizes, hopper_launch.queries_of(arrays).dtype)
+        row_tiles = rows // hopper_launch.TILE_ROWS * sizes.num_kv_heads
+        is_worth_it = sizes.num_tokens >= _SPECIALIZED_TOKENS * sizes.num_seqs and 2 * row_tiles >= device.num_sms
+    is_prefill = not is_decode_only(sizes, hopper_launch.queries_of(arrays).dtype)
     return is_worth_it and is_prefill and hopper_launch.lacks(arrays, sizes, device) is None
 
 
@@ -278,13 +290,20 @@ def unified_attention_config(
     sizes: PagedSizes, query_dtype: Any, cache_dtype: Any, device: Device, *, warp_specialized: bool = False
 ) -> UnifiedAttentionConfig:
     """Both tile shapes of unified attention, and its split target."""
-    decode_only = _is_decode_only(sizes, query_dtype)
+    decode_only = is_decode_only(sizes, query_dtype)
     overlaps = not decode_only and not warp_specialized and _overlaps(sizes)
     wide = not decode_only and _prefill_programs_per_sm(sizes) == 1
     tokens = math.ceil(sizes.num_tokens / max(1, sizes.num_seqs))
     if not decode_only:
         tokens = _SPECULATIVE_TOKENS if overlaps or warp_specialized else max(tokens, _SPECULATIVE_TOKENS)
     decode = decode_tile(sizes, tokens * sizes.group_size, query_dtype, cache_dtype, device)
+    if warp_specialized and not decode_only:
+        return UnifiedAttentionConfig(
+            **_specialized_fields(sizes),
+            num_warps=hopper_launch.COMPUTING_WARPS,
+            decode_block_m=decode.block_m,
+            min_tiles_per_split=_MIN_SPECIALIZED_TILES,
+        )
     if warp_specialized:
         return UnifiedAttentionConfig(
             **_specialized_fields(sizes),
@@ -307,25 +326,55 @@ def unified_attention_config(
         decode_num_stages=_deep_stages(decode, sizes, cache_dtype, device) if overlaps else decode.num_stages,
         programs_per_sm=_prefill_programs_per_sm(sizes),
         decode_programs_per_sm=1 if overlaps or wide else _decode_programs_per_sm(decode),
-        min_tiles_per_split=_MIN_DECODE_TILES,
+        min_tiles_per_split=_min_decode_tiles(sizes, decode, device) if decode_only else _MIN_DECODE_TILES,
         warp_specialized=False,
     )
 
 
-def unified_attention_launches(
+def unified_attention_classes(
     cfg: UnifiedAttentionConfig, sizes: PagedSizes, query_dtype: Any, device: Device
-) -> Launches:
+) -> Classes:
     """How unified attention runs its sequences: as decoding, as prefilling, or each as one of the two.
 
     Where there are no more tokens than sequences, or few of a single one, everything is decoding, which is right for
     any number of tokens; a single sequence of many tokens is prefilling. Otherwise both kinds share a launch: where
     there is room for much prefilling, decoding takes a part of each multiprocessor, to wait for memory while the rest
-    computes; where there is not, it takes all of it first. Programs with specialised warps take a multiprocessor each:
-    they have a launch of their own.
+    computes; where there is not, it takes all of it first. Programs with specialised warps take a multiprocessor each,
+    and do both kinds.
     """
     num_splits = cfg.num_par_softmax_segments or 0
     if cfg.seq_threshold_3d is not None and sizes.num_seqs > cfg.seq_threshold_3d:
         num_splits = 1
+    num_rows = sizes.num_tokens * sizes.group_size
+    decode_only = is_decode_only(sizes, query_dtype)
+    prefill = RowClass(
+        block_m=chosen(cfg.block_m),
+        block_n=chosen(cfg.block_n),
+        num_warps=chosen(cfg.num_warps),
+        num_stages=chosen(cfg.num_stages),
+        skip_masks=bool(cfg.skip_masks),
+        programs_per_sm=chosen(cfg.programs_per_sm),
+        min_tiles=_MIN_SPECIALIZED_TILES if cfg.warp_specialized else _MIN_PREFILL_TILES,
+        num_splits=num_splits,
+        warp_specialized=bool(cfg.warp_specialized) and not decode_only,
+    )
+    if sizes.num_seqs == 1 and not decode_only:
+        return (_undivided_if_full(prefill, sizes, num_rows, device),)
+    most_decode_rows = chosen(cfg.decode_block_m)
+    prefill = _undivided_if_full(prefill, sizes, num_rows - sizes.num_seqs * most_decode_rows, device)
+    prefill = dataclasses.replace(prefill, fewest_rows=most_decode_rows + 1)
+    if prefill.warp_specialized:
+        prefill = dataclasses.replace(prefill, shares_per_program=_SHARES_BESIDE_OTHERS, even_splits=True)
+        decode = dataclasses.replace(
+            prefill,
+            block_m=most_decode_rows,
+            skip_masks=False,
+            min_tiles=chosen(cfg.min_tiles_per_split),
+            num_splits=num_splits,
+            fewest_rows=1,
+            most_rows=most_decode_rows,
+        )
+        return decode, prefill
     decode = RowClass(
         block_m=chosen(cfg.decode_block_m),
         block_n=chosen(cfg.decode_block_n),
@@ -336,32 +385,14 @@ def unified_attention_launches(
         min_tiles=chosen(cfg.min_tiles_per_split),
         num_splits=num_splits,
     )
-    num_rows = sizes.num_tokens * sizes.group_size
     if sizes.num_tokens <= sizes.num_seqs:
-        return ((decode,),)
-    if _is_decode_only(sizes, query_dtype):
-        return ((_undivided_if_full(decode, sizes, num_rows, device),),)
-    prefill = RowClass(
-        block_m=chosen(cfg.block_m),
-        block_n=chosen(cfg.block_n),
-        num_warps=chosen(cfg.num_warps),
-        num_stages=chosen(cfg.num_stages),
-        skip_masks=bool(cfg.skip_masks),
-        programs_per_sm=chosen(cfg.programs_per_sm),
-        min_tiles=_MIN_SPECIALIZED_TILES if cfg.warp_specialized else _MIN_PREFILL_TILES,
-        num_splits=num_splits,
-        warp_specialized=bool(cfg.warp_specialized),
-    )
-    if sizes.num_seqs == 1:
-        return ((_undivided_if_full(prefill, sizes, num_rows, device),),)
+        return (decode,)
+    if decode_only:
+        return (_undivided_if_full(decode, sizes, num_rows, device),)
     decode = dataclasses.replace(decode, most_rows=decode.block_m)
-    prefill = _undivided_if_full(prefill, sizes, num_rows - sizes.num_seqs * decode.block_m, device)
-    prefill = dataclasses.replace(prefill, fewest_rows=decode.block_m + 1)
-    if cfg.warp_specialized:
-        return ((decode,), (prefill,))
     if _overlaps(sizes):
-        return ((dataclasses.replace(decode, shares_per_program=_SHARES_PER_PROGRAM), prefill),)
-    return ((decode, dataclasses.replace(prefill, num_splits=prefill.num_splits or 1)),)
+        return dataclasses.replace(decode, shares_per_program=_SHARES_PER_PROGRAM), prefill
+    return decode, dataclasses.replace(prefill, num_splits=prefill.num_splits or 1)
 
 
 def _overlaps(sizes: PagedSizes) -> bool:
@@ -369,7 +400,8 @@ def _overlaps(sizes: PagedSizes) -> bool:
     return sizes.num_tokens >= _SHORT_TOKENS * sizes.num_seqs
 
 
-def _is_decode_only(sizes: PagedSizes, query_dtype: Any) -> bool:
+def is_decode_only(sizes: PagedSizes, query_dtype: Any) -> bool:
+    """Whether unified attention runs all sequences as decoding."""
     few_rows = sizes.num_seqs == 1 and sizes.num_tokens * sizes.group_size <= _MOST_DECODE_ROWS
     return sizes.num_tokens <= sizes.num_seqs or few_rows or is_full_precision(query_dtype)
 
@@ -436,28 +468,31 @@ def unified_attention_candidates(
     sizes: PagedSizes, query_dtype: Any, cache_dtype: Any, heuristic: Any, device: Device
 ) -> tuple[UnifiedAttentionConfig, ...]:
     """Configurations worth timing, as for page attention: one of those that launch the same for this call."""
-    variations = (
-        *_prefill_variations(heuristic),
-        {"decode_num_stages": heuristic.decode_num_stages + 1},
-        {"decode_block_n": 2 * heuristic.decode_block_n},
-        {"decode_programs_per_sm": heuristic.decode_programs_per_sm + 1},
-        {"seq_threshold_3d": 0},
-    )
+    variations: tuple[dict[str, Any], ...] = (*_prefill_variations(heuristic), {"seq_threshold_3d": 0})
+    if heuristic.decode_block_n is not None:
+        variations += (
+            {"decode_num_stages": heuristic.decode_num_stages + 1},
+            {"decode_block_n": 2 * heuristic.decode_block_n},
+            {"decode_programs_per_sm": heuristic.decode_programs_per_sm + 1},
+        )
     candidates = (dataclasses.replace(heuristic, **changes) for changes in variations)
 
     def shared_bytes(cfg: Any) -> int:
+        if cfg.decode_block_n is None:
+            return _tile_bytes(sizes, cache_dtype, cfg)
         decode = _pipeline_bytes(sizes, cache_dtype, cfg.decode_block_n, cfg.decode_num_stages - 1)
         return max(decode, _tile_bytes(sizes, cache_dtype, cfg))
 
-    by_launches: dict[Launches, UnifiedAttentionConfig] = {}
+    by_classes: dict[Classes, UnifiedAttentionConfig] = {}
     for cfg in _fitting(candidates, shared_bytes, device):
-        by_launches.setdefault(unified_attention_launches(cfg, sizes, query_dtype, device), cfg)
-    return tuple(by_launches.values())
+        by_classes.setdefault(unified_attention_classes(cfg, sizes, query_dtype, device), cfg)
+    return tuple(by_classes.values())
 
 
 def _prefill_variations(heuristic: Any) -> tuple[dict[str, Any], ...]:
     if heuristic.warp_specialized:
-        return ({}, {"num_stages": heuristic.num_stages + 1}, {"block_n": 64}, {"block_n": 64, "num_stages": 4})
+        other_stages = 3 if heuristic.num_stages == 2 else 2
+        return ({}, {"num_stages": other_stages}, {"block_n": 64}, {"block_n": 64, "num_stages": 4})
     wider = {"block_m": 2 * heuristic.block_m, "num_warps": min(MOST_WARPS, 2 * heuristic.num_warps)}
     wider["programs_per_sm"] = max(1, MOST_WARPS // wider["num_warps"])
     shorter = max(16, heuristic.block_n // 2)

@@ -25,7 +25,7 @@ from jax_bridge.validation import PagedOptions, PagedSizes
 Arrays = Mapping[str, Any]  # arrays by name, None where absent
 
 _MAX_BLOCK_S = 1024  # segments that a program counts at once in its schedule
-_FEW_BLOCK_S = 256  # where a single warp with few registers does
+_FEW_BLOCK_S = 128  # where a single warp with few registers does
 _MAX_REDUCE_ELEMENTS = 8192  # float32 partials that a reducing program holds: 64 registers a thread
 _MOST_REDUCE_ELEMENTS = 2 * _MAX_REDUCE_ELEMENTS  # of a single row with many splits; more than that spills
 _MIN_REDUCE_SPLITS = 8
@@ -83,7 +83,8 @@ class RowClass:
         most_rows: rows of the longest ones.
         shares_per_program: shares that programs take one after another from a counter; 0 gives each program one share
             and needs no counter.
-        warp_specialized: whether the kernel for Hopper takes them, alone in a launch.
+        warp_specialized: whether the kernel for Hopper takes them.
+        even_splits: whether sequences are divided by themselves, evenly; else the batch is, wherever the cuts fall.
     """
 
     block_m: int
@@ -98,6 +99,7 @@ class RowClass:
     most_rows: int = ANY_ROWS
     shares_per_program: int = 0
     warp_specialized: bool = False
+    even_splits: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,6 +113,7 @@ class Work:
         is_forced: whether every row tile has so many, or fewer if it has fewer KV tiles.
         shares: shares of all row tiles.
         programs: programs a KV head that do them.
+        even_shares: shares of the whole batch that even splits are about as long as, or 0.
     """
 
     row_tiles: int
@@ -119,13 +122,14 @@ class Work:
     is_forced: bool
     shares: int
     programs: int
+    even_shares: int = 0
 
     @property
     def partials(self) -> int:
         """Partial results a KV head."""
         if self.splits == 1:
             return 0
-        return self.shares if self.is_forced else 2 * self.shares
+        return self.shares if self.is_forced or self.even_shares else 2 * self.shares
 
 
 def work_bounds(rows: RowClass, sizes: PagedSizes, is_packed: bool, longest: int, device: Device) -> Work:
@@ -136,11 +140,16 @@ def work_bounds(rows: RowClass, sizes: PagedSizes, is_packed: bool, longest: int
     row_tiles = min(total_rows // rows.block_m + segments, segments * math.ceil(most_rows / rows.block_m))
     key_tiles = max(1, math.ceil(longest / rows.block_n))
     programs = max(1, device.num_sms * rows.programs_per_sm // sizes.num_kv_heads)
+    even_shares = 0
+    programs_or_tickets = programs * max(1, rows.shares_per_program)
     if is_forced := rows.num_splits > 0 or key_tiles <= rows.min_tiles:
         splits = min(max(1, rows.num_splits), key_tiles)
         shares = row_tiles * splits
+    elif rows.even_splits:
+        even_shares = programs_or_tickets
+        splits = min(even_shares + 1, key_tiles // rows.min_tiles + 1)
+        shares = min(even_shares + row_tiles, row_tiles * splits)
     else:
-        programs_or_tickets = programs * max(1, rows.shares_per_program)
         shares = max(1, min(programs_or_tickets, row_tiles * math.ceil((key_tiles + 1) / rows.min_tiles)))
         splits = min(key_tiles, shares)
     return Work(
@@ -150,7 +159,27 @@ def work_bounds(rows: RowClass, sizes: PagedSizes, is_packed: bool, longest: int
         is_forced=is_forced,
         shares=shares,
         programs=min(shares, programs) if rows.shares_per_program else shares,
+        even_shares=even_shares,
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Kernel:
+    """A kernel, what it takes beside the constants of every kernel, and how it is launched."""
+
+    function: Any
+    operands: Arrays
+    constants: Mapping[str, Any]
+    tickets: Arrays
+    num_programs: int
+    num_warps: int
+    max_registers: int | None
+
+
+def _few_and_many(parts: Sequence[tuple[Any, Any]]) -> dict[str, Any]:
+    """Tiles and schedules of sequences of few rows, None where there is one schedule, and of many."""
+    few, many = parts if len(parts) == 2 else ((None, None), parts[0])
+    return dict(zip(("FEW_TILE", "FEW_SCHEDULE", "MANY_TILE", "MANY_SCHEDULE"), (*few, *many), strict=True))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,89 +206,98 @@ class PagedCall:
     max_keys: int | None = None
     begins: jax.Array | None = None
 
-    def attend(self, launches: Sequence[Sequence[RowClass]]) -> tuple[jax.Array, jax.Array | None]:
-        """Launches paged attention.
+    def attend(self, classes: Sequence[RowClass]) -> tuple[jax.Array, jax.Array | None]:
+        """Launches paged attention, and the reduction if keys may be split.
 
         Args:
-            launches: The classes of rows that hold every sequence once: one a launch, or one of few rows and one of
-                many that share a launch.
+            classes: One that holds every sequence, or one of few rows and one of many.
 
         Returns:
             The output `[T, Hq, Dv]`, and the LSE `[T, Hq]` or None.
         """
-        results: dict[str, jax.Array] = {}
-        for classes in launches:
-            results |= self._attend(classes, results)
-        return results["out_ptr"], results.get("lse_ptr")
-
-    def _attend(self, classes: Sequence[RowClass], earlier: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-        """One launch, and the reduction of every class whose keys may be split."""
-        tiles, schedules, works = [], [], []
-        num_slots, partial_rows = 0, 0
+        parts: list[tuple[Any, Any, Work]] = []
+        partial_rows = 0
         for rows in classes:
             work = work_bounds(rows, self.sizes, self._is_packed, self._longest_span(rows), self.device)
             schedule = self._schedule(
                 rows, work, first_partial=math.ceil(partial_rows / (rows.block_m * self.sizes.num_kv_heads))
             )
-            tiles.append(self._tile(rows))
-            schedules.append(schedule)
-            works.append(work)
-            num_slots += schedule.num_slots
+            parts.append((self._tile(rows), schedule, work))
             if work.splits > 1:
                 partial_rows = (schedule.first_partial + work.partials) * self.sizes.num_kv_heads * rows.block_m
         constants = self._constants()
-        num_programs = num_slots * self.sizes.num_kv_heads
-        num_warps = max(rows.num_warps for rows in classes)
-        takes_tickets = classes[0].shares_per_program > 0
-        tickets = {"ticket_ptr": jnp.zeros(1, jnp.int32) if takes_tickets else None}
-        if classes[0].warp_specialized:
-            kernel = kernels("hopper_attention").hopper_paged_attention_kernel
-            specialised = {"TILE": tiles[0], "SCHEDULE": schedules[0]}
-            operands = {name: array for name, array in self.operands.items() if name not in _PLAIN_OPERANDS}
-            operands |= hopper_launch.cache_descriptors(
-                self.operands["k_ptr"], self.operands["v_ptr"], self.options.kv_layout, classes[0].block_n
-            )
-            num_programs = min(num_programs, self.device.num_sms * classes[0].programs_per_sm)  # they take turns
-            num_warps, tickets = hopper_launch.WARPS, {}
-        elif len(classes) == 1:
-            kernel = kernels("paged_attention").paged_attention_kernel
-            specialised = {"TILE": tiles[0], "SCHEDULE": schedules[0]}
-            operands = {**self.operands, "begins_ptr": self.begins}
-        else:
-            kernel = kernels("paged_attention").mixed_paged_attention_kernel
-            specialised = {"FEW_TILE": tiles[0], "FEW_SCHEDULE": schedules[0]}
-            specialised |= {"MANY_TILE": tiles[1], "MANY_SCHEDULE": schedules[1]}
-            operands = dict(self.operands)
-            if takes_tickets:  # programs for few rows come first and last
-                num_programs += schedules[0].num_slots * self.sizes.num_kv_heads
         answers = self._answers()
         partials = {
             "partial_out_ptr": Output((partial_rows, self.sizes.value_head_dim), jnp.float32),
             "partial_lse_ptr": Output((partial_rows,), jnp.float32),
         }
-        updated = tickets | (
-            {name: earlier[name] if output else None for name, output in answers.items()} if earlier else {}
-        )
+        num_programs = sum(schedule.num_slots for _, schedule, _ in parts) * self.sizes.num_kv_heads
+        if classes[0].warp_specialized:
+            prepare = self._specialized
+        else:
+            prepare = self._plain if len(classes) == 1 else self._mixed
+        kernel = prepare(classes, [(tile, schedule) for tile, schedule, _ in parts], num_programs)
         results = launch(
-            kernel,
-            outputs={
-                **({} if earlier else answers),
-                **(partials if partial_rows else dict.fromkeys(partials)),
-            },
-            operands=operands,
-            updated=updated,
-            constants=constants | specialised,
-            num_programs=num_programs,
-            num_warps=num_warps,
+            kernel.function,
+            outputs=answers | (partials if partial_rows else dict.fromkeys(partials)),
+            operands=kernel.operands,
+            updated=kernel.tickets,
+            constants={**constants, **kernel.constants},
+            num_programs=kernel.num_programs,
+            num_warps=kernel.num_warps,
             num_stages=max(rows.num_stages for rows in classes),
             device=self.device,
             operation=self.operation,
+            max_registers=kernel.max_registers,
+        )
+        if split := [part for part in parts if part[-1].splits > 1]:
+            results |= self._reduce(split, constants, results)
+        return results["out_ptr"], results.get("lse_ptr")
+
+    def _plain(self, classes: Sequence[RowClass], parts: Sequence[tuple[Any, Any]], num_programs: int) -> _Kernel:
+        """The kernel that takes all sequences by one schedule."""
+        ((tile, schedule),) = parts
+        return _Kernel(
+            kernels("paged_attention").paged_attention_kernel,
+            operands={**self.operands, "begins_ptr": self.begins},
+            constants={"TILE": tile, "SCHEDULE": schedule},
+            tickets={"ticket_ptr": None},
+            num_programs=num_programs,
+            num_warps=classes[0].num_warps,
+            max_registers=self._max_registers(classes, classes[0].num_warps),
+        )
+
+    def _mixed(self, classes: Sequence[RowClass], parts: Sequence[tuple[Any, Any]], num_programs: int) -> _Kernel:
+        """The kernel with different programs for few rows and for many."""
+        takes_tickets = classes[0].shares_per_program > 0
+        if takes_tickets:  # programs for few rows come first and last
+            num_programs += parts[0][1].num_slots * self.sizes.num_kv_heads
+        num_warps = max(rows.num_warps for rows in classes)
+        return _Kernel(
+            kernels("paged_attention").mixed_paged_attention_kernel,
+            operands=self.operands,
+            constants=_few_and_many(parts),
+            tickets={"ticket_ptr": jnp.zeros(1, jnp.int32) if takes_tickets else None},
+            num_programs=num_programs,
+            num_warps=num_warps,
             max_registers=self._max_registers(classes, num_warps),
         )
-        split = [part for part in zip(tiles, schedules, works, strict=True) if part[-1].splits > 1]
-        if split:
-            results |= self._reduce(split, constants, results)
-        return {name: results[name] for name, output in answers.items() if output}
+
+    def _specialized(self, classes: Sequence[RowClass], parts: Sequence[tuple[Any, Any]], num_programs: int) -> _Kernel:
+        """The kernel for Hopper, whose programs take turns, or tickets of both kinds."""
+        operands = {name: array for name, array in self.operands.items() if name not in _PLAIN_OPERANDS}
+        return _Kernel(
+            kernels("hopper_attention").hopper_paged_attention_kernel,
+            operands=operands
+            | hopper_launch.cache_descriptors(
+                self.operands["k_ptr"], self.operands["v_ptr"], self.options.kv_layout, classes[0].block_n
+            ),
+            constants=_few_and_many(parts),
+            tickets={"tickets_ptr": jnp.zeros(2, jnp.int32) if len(classes) == 2 else None},
+            num_programs=min(num_programs, self.device.num_sms * classes[0].programs_per_sm),
+            num_warps=hopper_launch.WARPS,
+            max_registers=None,  # each kind of warps has its own
+        )
 
     def _reduce(
         self,
@@ -300,8 +338,6 @@ class PagedCall:
 
     def _max_registers(self, classes: Sequence[RowClass], num_warps: int) -> int | None:
         """Registers a thread with which all programs planned for fit a multiprocessor; None for no limit."""
-        if classes[0].warp_specialized:
-            return None  # each kind of warps has its own
         decodes = not any(rows.skip_masks for rows in classes)
         caps_exactly = self.options.soft_cap is not None and self.operands["q_ptr"].dtype == jnp.float32
         is_plain = not caps_exactly and self.operands["alibi_ptr"] is None
@@ -368,6 +404,9 @@ class PagedCall:
             block_s=min(_FEW_BLOCK_S if rows.warp_specialized else _MAX_BLOCK_S, next_power_of_two(self._num_segments)),
             most_work=self._most_work(rows, work),
             first_partial=first_partial,
+            even_splits=kernels("specialization").EvenSplits(work.even_shares, hopper_launch.TILE_ROWS)
+            if work.even_shares
+            else None,
         )
 
     def _most_work(self, rows: RowClass, work: Work) -> int:

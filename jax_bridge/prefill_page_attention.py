@@ -48,7 +48,7 @@ def _triton(invocation: Invocation, cfg: PrefillPageAttentionConfig, device: Dev
             starts=jnp.array([0, sizes.num_tokens], jnp.int32),
         )
         call = paged_launch.PagedCall("prefill_page_attention", operands, sizes, options, device)
-        return call.attend(paged_heuristics.prefill_page_attention_launches(cfg, sizes, device))
+        return call.attend(paged_heuristics.prefill_page_attention_classes(cfg, sizes, device))
 
     out, lse = launch.kernel_operation("prefill_page_attention[triton]", attend)(dict(invocation.arrays))
     return (out, lse) if options.return_lse else out

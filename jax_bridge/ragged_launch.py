@@ -61,7 +61,7 @@ def candidate_cfgs(invocation: Invocation, device: Device) -> tuple[RaggedDecode
 def attend_rows(invocation: Invocation, cfg: RaggedDecodeAttentionConfig, device: Device) -> Outputs:
     """The answers of ragged decode, whose queries have three axes, for a complete configuration."""
     operation, options, kv_len = invocation.operation, invocation.options, invocation.sizes.kv_len
-    ((rows,),) = paged_heuristics.ragged_decode_attention_launches(cfg)
+    (rows,) = paged_heuristics.ragged_decode_attention_classes(cfg)
     sizes = paged_sizes(invocation)
     sizes = dataclasses.replace(sizes, page_size=max(sizes.page_size, rows.block_n))
     scoring = PagedOptions(
@@ -95,7 +95,7 @@ def attend_rows(invocation: Invocation, cfg: RaggedDecodeAttentionConfig, device
             max_keys=kv_len,
             begins=arrays["sequence_start"],
         )
-        return call.attend([[rows]])
+        return call.attend([rows])
 
     out, lse = kernel_operation(f"{operation}[triton]", attend)(dict(invocation.arrays))
     return (out, lse) if lse is not None else out

@@ -56,14 +56,14 @@ def _triton(invocation: Invocation, cfg: UnifiedAttentionConfig, device: Device)
             "block_tables": jnp.zeros((1, sizes.table_width), jnp.int32),
             "query_start_loc": jnp.concatenate([starts, starts]),
         }
-    launches = paged_heuristics.unified_attention_launches(cfg, sizes, invocation.arrays["queries"].dtype, device)
+    classes = paged_heuristics.unified_attention_classes(cfg, sizes, invocation.arrays["queries"].dtype, device)
 
     def attend(arrays: paged_launch.Arrays) -> tuple[jax.Array, jax.Array | None]:
         operands = paged_launch.operands_of(
             arrays, query="queries", lengths="kv_lens", table="block_tables", starts=arrays["query_start_loc"]
         )
         call = paged_launch.PagedCall("unified_attention", operands, sizes, options, device, is_causal=options.causal)
-        return call.attend(launches)
+        return call.attend(classes)
 
     out, lse = launch.kernel_operation("unified_attention[triton]", attend)(arrays)
     return (out, lse) if options.return_lse else out
@@ -108,6 +108,11 @@ def _triton_candidates(invocation: Invocation, device: Device) -> tuple[UnifiedA
     )
 
 
+def _check_triton_cfg(invocation: Invocation, cfg: UnifiedAttentionConfig, device: Device) -> None:
+    is_decoding = paged_heuristics.is_decode_only(invocation.sizes, invocation.arrays["queries"].dtype)
+    hopper_launch.check(invocation, cfg, device, is_decoding=is_decoding)
+
+
 class UnifiedAttention(Operation):
     """The operation object of `unified_attention`."""
 
@@ -121,7 +126,7 @@ class UnifiedAttention(Operation):
             heuristic_cfg=_triton_heuristics,
             candidate_cfgs=_triton_candidates,
             is_available=launch.available,
-            check_cfg=hopper_launch.check,
+            check_cfg=_check_triton_cfg,
         ),
         Implementation("pallas", _pallas, lacks=_pallas_lacks),
         Implementation("xla", _xla),

@@ -308,7 +308,7 @@ KERNEL_BUGS: dict[str, KernelBug] = {
                 "measure_shares(lanes, starts_ptr, lens_ptr, begins_ptr,",
                 "measure_shares(lanes, starts_ptr, lens_ptr, None,",
             ),
-            ("cost, lanes, starts_ptr, lens_ptr, begins_ptr,", "cost, lanes, starts_ptr, lens_ptr, None,"),
+            ("line, lanes, starts_ptr, lens_ptr, begins_ptr,", "line, lanes, starts_ptr, lens_ptr, None,"),
         ),
         "ragged_decode_attention",
         "shared_sinks",

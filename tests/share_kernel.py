@@ -18,5 +18,5 @@ def share_length_kernel(  # type: ignore[no-untyped-def]
 ):
     """Length of a share, in units of the line."""
     lanes = tl.arange(0, SCHEDULE.block_s)
-    length, _ = measure_shares(lanes, None, lens_ptr, begins_ptr, QUERIES, SCORING, TILE, SCHEDULE)
+    length, _, _ = measure_shares(lanes, None, lens_ptr, begins_ptr, QUERIES, SCORING, TILE, SCHEDULE)
     tl.store(length_ptr, length)

@@ -110,6 +110,7 @@ def test_prompts(name: str) -> None:
     assert binary.tma > 0
     assert binary.stack <= MOST_SPILLED_BYTES
     tiles = cfg.block_m + 2 * cfg.num_stages * cfg.block_n
+    assert "WARPSYNC" not in binary.sass, "ptxas thinks that threads of the warp that fetches may part"
     # What Triton's own passes would add for layouts of stores does not fit beside wide heads.
     assert tiles * prompts.head_dim * 2 <= binary.shared <= tiles * prompts.head_dim * 2 + SIDE_BYTES
 
@@ -160,18 +161,42 @@ def test_other_devices_take_the_other_kernel(chip: str) -> None:
             Prompts().binary(UnifiedAttentionConfig(warp_specialized=True))
 
 
-@pytest.mark.parametrize(("num_tokens", "num_seqs"), [(64, 64), (256, 64), (64, 1), (128, 2), (519, 8)])
+@pytest.mark.parametrize(("num_tokens", "num_seqs"), [(64, 64), (256, 64), (63, 1), (128, 2), (511, 64)])
 def test_calls_of_few_rows_take_the_other_kernel(num_tokens: int, num_seqs: int) -> None:
     assert Prompts(num_tokens=num_tokens, num_seqs=num_seqs).cfg().warp_specialized is False
 
 
 @pytest.mark.parametrize(
-    "fields", [{"block_m": 64}, {"block_n": 32}, {"num_warps": 4}, {"num_stages": 2}, {"programs_per_sm": 1}], ids=str
+    "fields",
+    [
+        {"block_m": 64},
+        {"block_n": 32},
+        {"num_warps": 4},
+        {"num_stages": 2},
+        {"programs_per_sm": 1},
+        {"decode_block_n": 64},
+        {"decode_num_stages": 3},
+        {"decode_programs_per_sm": 2},
+    ],
+    ids=str,
 )
 def test_tiles_that_are_fixed_are_those_of_the_other_kernel(fields: dict[str, int]) -> None:
     cfg = Prompts().cfg(UnifiedAttentionConfig(**fields))
     plain = Prompts().cfg(UnifiedAttentionConfig(warp_specialized=False))
     assert cfg == dataclasses.replace(plain, **fields)
+
+
+def test_where_all_is_decoding_it_has_no_part() -> None:
+    """Then a configuration that asks for it may fix the tiles that are taken."""
+    decodes = Prompts(num_tokens=64, num_seqs=64)
+    plain = decodes.cfg(UnifiedAttentionConfig(decode_block_n=32))
+    cfg = UnifiedAttentionConfig(warp_specialized=True, decode_block_n=32)
+    assert decodes.cfg(cfg).decode_num_stages == plain.decode_num_stages
+    launches = launches_of(
+        jax_bridge.unified_attention, *decodes.arrays, modules=(paged_launch,), platform="triton", cfg=cfg,
+        **decodes.keywords,
+    )  # fmt: skip
+    assert [each.kernel.__name__ for each in launches] == ["paged_attention_kernel", "split_reduce_kernel"]
 
 
 def test_what_explain_says_can_be_asked_for() -> None:
@@ -180,7 +205,19 @@ def test_what_explain_says_can_be_asked_for() -> None:
     assert Prompts().binary(cfg).tma > 0
 
 
-@pytest.mark.parametrize("fields", [{"block_m": 64}, {"skip_masks": False}], ids=str)
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"block_m": 64},
+        {"skip_masks": False},
+        {"num_warps": 4},
+        {"decode_block_n": 128},
+        {"decode_num_stages": 2},
+        {"decode_programs_per_sm": 1},
+        {"decode_block_m": 256},
+    ],
+    ids=str,
+)
 def test_tiles_that_it_has_not_are_refused(fields: dict[str, Any]) -> None:
     (name,) = fields
     with pytest.raises(ValueError, match=rf"unified_attention: cfg.{name} is {fields[name]}, expected"):
@@ -243,7 +280,7 @@ def test_it_is_launched_with_all_its_warps(monkeypatch: pytest.MonkeyPatch) -> N
     call = functools.partial(jax_bridge.unified_attention, **prompts.keywords, platform="triton")
     jax.jit(call).trace(*prompts.arrays).lower(lowering_platforms=("cuda",))
     assert warps["hopper_paged_attention_kernel"] == 12
-    assert warps["paged_attention_kernel"] == 4
+    assert warps["split_reduce_kernel"] == 4
 
 
 @pytest.fixture

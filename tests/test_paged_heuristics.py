@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from typing import Any
 
 import pytest
+from hypothesis import given, settings, strategies
 
 import jax_bridge
 from jax_bridge import paged_heuristics as heuristics
 from jax_bridge.device import KNOWN_DEVICES, Device
-from jax_bridge.paged_launch import ANY_ROWS, RowClass
+from jax_bridge.paged_launch import ANY_ROWS, RowClass, work_bounds
 from jax_bridge.tiles import padded_head_dim
 from jax_bridge.validation import PagedSizes
 
@@ -36,10 +38,10 @@ def sizes(num_seqs: int, num_tokens: int, **changes: Any) -> PagedSizes:
 
 
 def unified(call: PagedSizes, dtype: str = "bfloat16", device: Device = H100, **fields: Any) -> list[RowClass]:
-    """The classes of all launches, in order."""
+    """The classes of the launch, in order."""
     chosen = heuristics.unified_attention_config(call, dtype, dtype, device)
     cfg = dataclasses.replace(chosen, **fields)
-    return [rows for launch in heuristics.unified_attention_launches(cfg, call, dtype, device) for rows in launch]
+    return list(heuristics.unified_attention_classes(cfg, call, dtype, device))
 
 
 def test_one_token_a_sequence_is_decoding() -> None:
@@ -81,6 +83,55 @@ def test_decoding_leaves_room_where_much_is_prefilling(more: int) -> None:
     assert many.shares_per_program == 0
 
 
+def test_specialised_warps_decode_and_prefill_in_one_launch() -> None:
+    """Whose sequences are cut by themselves, into splits as long for the whole batch."""
+    call = sizes(33, 2080)
+    cfg = heuristics.unified_attention_config(call, "bfloat16", "bfloat16", H100, warp_specialized=True)
+    few, many = heuristics.unified_attention_classes(cfg, call, "bfloat16", H100)
+    assert few.warp_specialized
+    assert many.warp_specialized
+    assert (few.most_rows, many.fewest_rows) == (few.block_m, few.block_m + 1)
+    assert (few.block_n, few.num_stages, few.num_warps) == (many.block_n, many.num_stages, many.num_warps)
+    work = work_bounds(few, call, True, 4096, H100)
+    assert work.even_shares == 2 * (132 // 8)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    lengths=strategies.lists(strategies.integers(0, 4096), min_size=1, max_size=40),
+    prompt=strategies.integers(17, 3000),
+)
+def test_even_splits_are_no_more_than_there_is_room_for(lengths: list[int], prompt: int) -> None:
+    """The arithmetic of `triton_kernels.schedule` in integers of Python, at lengths that are not known when tracing."""
+    call = sizes(len(lengths) + 1, len(lengths) + prompt)
+    cfg = heuristics.unified_attention_config(call, "bfloat16", "bfloat16", H100, warp_specialized=True)
+    few, many = heuristics.unified_attention_classes(cfg, call, "bfloat16", H100)
+    tiles_of_few = [max(1, math.ceil(length / few.block_n)) for length in lengths]
+    rows_of_many = math.ceil(4 * prompt / many.block_m)
+    tiles_of_many = max(1, math.ceil(prompt / many.block_n))
+    total = sum(tiles_of_few) + rows_of_many * tiles_of_many
+    for rows, tiles in ((few, tiles_of_few), (many, [tiles_of_many] * rows_of_many)):
+        work = work_bounds(rows, call, True, 4096, H100)
+        if not work.even_shares:
+            continue
+        split_tiles = max(rows.min_tiles, math.ceil(total / work.even_shares))
+        splits = [max(1, (each + split_tiles // 2) // split_tiles) for each in tiles]
+        assert max(splits) <= work.splits
+        assert sum(splits) <= work.shares == work.partials
+
+
+@pytest.mark.parametrize(("num_seqs", "pages", "is_whole"), [(64, 32, True), (64, 33, False), (32, 32, False)])
+def test_many_short_sequences_are_not_divided(num_seqs: int, pages: int, is_whole: bool) -> None:
+    """Nothing could be gained, and the reduction costs microseconds also where there is nothing to reduce."""
+    call = sizes(num_seqs, num_seqs, table_width=pages)
+    (rows,) = unified(call)
+    assert (work_bounds(rows, call, True, 16 * pages, H100).splits == 1) == is_whole
+    page = heuristics.page_attention_config(call, "bfloat16", "bfloat16", H100)
+    assert page.min_tiles_per_split == rows.min_tiles
+    (rows,) = unified(call, min_tiles_per_split=2)
+    assert work_bounds(rows, call, True, 16 * pages, H100).splits > 1
+
+
 @pytest.mark.parametrize(("threshold", "num_splits"), [(None, 5), (8, 5), (7, 1), (0, 1)])
 def test_threshold_of_splits(threshold: int | None, num_splits: int) -> None:
     """Keys are divided up to so many sequences."""
@@ -92,7 +143,7 @@ def test_keys_of_a_chunk_are_divided_where_its_rows_leave_the_device_idle() -> N
     for num_tokens, num_splits in ((64, 0), (100_000, 1)):
         call = sizes(1, num_tokens)
         cfg = heuristics.prefill_page_attention_config(call, "bfloat16", "bfloat16", H100)
-        ((rows,),) = heuristics.prefill_page_attention_launches(cfg, call, H100)
+        (rows,) = heuristics.prefill_page_attention_classes(cfg, call, H100)
         assert rows.num_splits == num_splits
 
 
@@ -150,8 +201,8 @@ def test_no_two_candidates_of_unified_attention_launch_the_same(num_seqs: int, n
     call = sizes(num_seqs, num_tokens)
     heuristic = heuristics.unified_attention_config(call, "bfloat16", "bfloat16", H100)
     candidates = heuristics.unified_attention_candidates(call, "bfloat16", "bfloat16", heuristic, H100)
-    launches = {heuristics.unified_attention_launches(cfg, call, "bfloat16", H100) for cfg in candidates}
-    assert len(launches) == len(candidates) > 3
+    classes = {heuristics.unified_attention_classes(cfg, call, "bfloat16", H100) for cfg in candidates}
+    assert len(classes) == len(candidates) > 3
 
 
 @pytest.mark.parametrize(

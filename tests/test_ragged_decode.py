@@ -130,7 +130,7 @@ def test_open_fields_are_chosen_and_given_ones_kept() -> None:
     assert chosen.fwd_params is not None
     expected = dataclasses.replace(chosen.fwd_params, num_key_splits=5, kv_blocksize=128)
     assert branch.cfg == RaggedDecodeAttentionConfig(expected)
-    ((rows,),) = paged_heuristics.ragged_decode_attention_launches(branch.cfg)
+    (rows,) = paged_heuristics.ragged_decode_attention_classes(branch.cfg)
     assert (rows.num_splits, rows.block_n, rows.block_m) == (5, 128, chosen.fwd_params.blocksize_heads)
 
 
@@ -200,7 +200,7 @@ def test_shares_are_cut_from_ranges(window: int | None) -> None:
     kernel = importlib.import_module("tests.share_kernel").share_length_kernel
     sizes = ragged_launch.paged_sizes(invocation(batch=4, length=1024))
     cfg = RaggedDecodeAttentionConfig(FwdParams(8, None, 16, 4, 2, skip_masks=False))
-    ((rows,),) = paged_heuristics.ragged_decode_attention_launches(cfg)
+    (rows,) = paged_heuristics.ragged_decode_attention_classes(cfg)
 
     def share_length(starts: Any, ends: Any) -> int:
         options = PagedOptions(1.0, None, None if window is None else (window - 1, 0), "PTHD", False)

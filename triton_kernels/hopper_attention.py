@@ -1,9 +1,12 @@
-"""Prefilling on Hopper: what `paged_attention` computes, by programs whose warps have different parts.
+"""Prefilling on Hopper, alone or beside decoding: what `paged_attention` computes, by warps with different parts.
 
 Written in Gluon, Triton's language of explicit layouts and barriers. One warp has the TMA fetch K and V tiles, page by
 page, into rings in shared memory. Each warpgroup computes 64 rows, and asks for the next scores before it has finished
 with the last ones: while one takes exponentials, another keeps the tensor cores busy. After FlashAttention-3
 (https://arxiv.org/abs/2407.08608).
+
+Where some sequences decode, some programs begin with these and the others with prompts, and all go on with what is
+left: the former wait for memory while the latter compute.
 
 The interpreter knows no Gluon. Everything but the loop is shared with the kernels that it does run.
 """
@@ -38,6 +41,7 @@ WARPS = tl.constexpr(4)  # of a warpgroup
 CONSUMER_REGISTERS = tl.constexpr(232)
 PRODUCER_REGISTERS = tl.constexpr(40)
 SWIZZLED = tl.constexpr(gl.NVMMASharedLayout(128, 16, 2))
+EIGHTHS_FOR_FEW = tl.constexpr(3)  # of the programs begin with sequences of few rows
 PARTS = tl.constexpr(2)  # announced but not begun
 FIELDS = tl.constexpr(10)  # of a part
 MOST_CACHE_ROWS = tl.constexpr(1 << 30)  # tokens times heads: coordinates of the TMA have 32 bits
@@ -51,37 +55,29 @@ def place(number, RING: gl.constexpr):
 
 
 @gluon.jit
-def fetch_tile(
-    desc,
-    start,
-    key_begin,
-    key_end,
-    head_row,
-    head_column,
-    table_ptr,
-    ring,
-    full,
-    slot,
-    CACHE: gl.constexpr,
+def find_boxes(
+    start, key_begin, key_end, head_row, table_ptr, BLOCK_N: gl.constexpr, BOX: gl.constexpr, CACHE: gl.constexpr
 ):
-    """Have the TMA bring the keys `[start, start + BLOCK_N)` of a KV head, box by box: no box crosses a page.
+    """Rows of the cache at which the boxes of the keys `[start, start + BLOCK_N)` begin: no box crosses a page.
 
-    Boxes without a key of `[key_begin, key_end)` are fetched from beyond the end of the cache, which is zeros.
+    Boxes without a key of `[key_begin, key_end)` are beyond the end of the cache, where the TMA finds zeros.
     """
-    block_n: gl.constexpr = ring.shape[1]
-    box: gl.constexpr = desc.block_shape[0]
-    mbarrier.expect(full.index(slot), ring.index(0).nbytes_per_cta)
-    for number in gl.static_range(block_n // box):
-        key = start + number * box
-        is_needed = (key < key_end) & (key + box > key_begin)
+    boxes = ()
+    for number in gl.static_range(BLOCK_N // BOX):
+        key = start + number * BOX
+        is_needed = (key < key_end) & (key + BOX > key_begin)
         page = clamp(gl.load(table_ptr + key // CACHE.page_size, mask=is_needed, other=0), 0, CACHE.num_pages - 1)
         row = page * (CACHE.k_page_stride // CACHE.k_token_stride) + key % CACHE.page_size + head_row
-        tma.async_load(
-            desc,
-            [gl.where(is_needed, row, MOST_CACHE_ROWS), head_column],
-            full.index(slot),
-            ring.index(slot).slice(number * box, box),
-        )
+        boxes = boxes + (gl.where(is_needed, row, MOST_CACHE_ROWS),)  # noqa: RUF005 - Gluon unpacks no tuples
+    return boxes
+
+
+@gluon.jit
+def fetch_tile(desc, boxes, column, tile, full, BOX: gl.constexpr):
+    """Have the TMA bring a tile, box by box."""
+    mbarrier.expect(full, tile.nbytes_per_cta)
+    for number in gl.static_range(len(boxes)):
+        tma.async_load(desc, [boxes[number], column], full, tile.slice(number * BOX, BOX))
 
 
 @gluon.jit
@@ -102,16 +98,18 @@ def fetch_tiles(
     """Fetch every tile of K and V of a part as soon as its slot is free."""
     k_ring, v_ring = rings
     k_full, k_empty, v_full, v_empty = barriers
+    block_n: gl.constexpr = k_ring.shape[1]
+    box: gl.constexpr = k_desc.block_shape[0]
     # The cache as a matrix: a row holds a token, of one head or of all.
     head_row = kv_head * (CACHE.k_head_stride // CACHE.k_token_stride)
     head_column = kv_head * (CACHE.k_head_stride % CACHE.k_token_stride)
     for number in range(num_tiles):
         slot, parity = place(first + number, k_ring.shape[0])
-        start = begin + number * k_ring.shape[1]
+        boxes = find_boxes(begin + number * block_n, key_begin, key_end, head_row, table_ptr, block_n, box, CACHE)
         mbarrier.wait(k_empty.index(slot), parity ^ 1)
-        fetch_tile(k_desc, start, key_begin, key_end, head_row, head_column, table_ptr, k_ring, k_full, slot, CACHE)
+        fetch_tile(k_desc, boxes, head_column, k_ring.index(slot), k_full.index(slot), box)
         mbarrier.wait(v_empty.index(slot), parity ^ 1)
-        fetch_tile(v_desc, start, key_begin, key_end, head_row, head_column, table_ptr, v_ring, v_full, slot, CACHE)
+        fetch_tile(v_desc, boxes, head_column, v_ring.index(slot), v_full.index(slot), box)
 
 
 @gluon.jit
@@ -202,6 +200,19 @@ def attend_tile(
 
 
 @gluon.jit
+def pass_tile(number, rings, barriers):
+    """What `attend_tile` does to barriers, and nothing else."""
+    k_ring, _ = rings
+    k_full, k_empty, v_full, v_empty = barriers
+    slot, parity = place(number, k_ring.shape[0])
+    before, parity_before = place(number - 1, k_ring.shape[0])
+    mbarrier.wait(k_full.index(slot), parity)
+    mbarrier.arrive(k_empty.index(slot), count=1)
+    mbarrier.wait(v_full.index(before), parity_before)
+    mbarrier.arrive(v_empty.index(before), count=1)
+
+
+@gluon.jit
 def announce(part, ring, full, empty, fields):
     """Tell the warpgroups about part number `part`: once they have read the one whose place it takes.
 
@@ -278,11 +289,12 @@ def consume(
     SCORING: gl.constexpr,
     TILE: gl.constexpr,
     BOX: gl.constexpr,
+    OFTEN_FEW: gl.constexpr,
     GROUP: gl.constexpr,
 ):
     """Attention of the rows of warpgroup `GROUP` in every part, over the tiles that `produce` fetches.
 
-    The rows are written, or a partial result where a part has the number of one.
+    The rows are written, or a partial result where a part has the first row of one.
     """
     q_ptr, sink_ptr, k_scale_ptr, v_scale_ptr, out_ptr, lse_ptr, partial_out_ptr, partial_lse_ptr = arrays
     k_ring, v_ring = rings
@@ -315,6 +327,11 @@ def consume(
         # Of the tiles behind the first one: those from `first_whole` to `end_whole` need no mask.
         first_whole = clamp((whole_begin - begin + (block_n - 1)) // block_n, 1, num_tiles)
         end_whole = clamp((gl.minimum(whole_end, key_end) - begin) // block_n, first_whole, num_tiles)
+        num_computed = num_tiles
+        if OFTEN_FEW:  # and then another warpgroup has them all: this one goes on behind the first tile
+            num_computed = gl.where(my_rows < num_tokens * QUERIES.group_size, num_tiles, 1)
+            first_whole = gl.minimum(first_whole, num_computed)
+            end_whole = gl.minimum(end_whole, num_computed)
 
         slot, parity = place(first, k_ring.shape[0])
         async_copy.wait_group(0)
@@ -343,11 +360,14 @@ def consume(
                 number, first, begin, q_tile, rings, barriers, weights, row_max, row_sum, acc, lanes, row_begin,
                 row_end, score_scale, SCORING, False,
             )  # fmt: skip
-        for number in range(end_whole, num_tiles):
+        for number in range(end_whole, num_computed):
             weights, row_max, row_sum, acc = attend_tile(
                 number, first, begin, q_tile, rings, barriers, weights, row_max, row_sum, acc, lanes, row_begin,
                 row_end, score_scale, SCORING, True,
             )  # fmt: skip
+        if OFTEN_FEW:
+            for number in range(num_computed, num_tiles):
+                pass_tile(first + number, rings, barriers)
         slot, parity = place(first + num_tiles - 1, k_ring.shape[0])
         mbarrier.wait(v_full.index(slot), parity)
         clean(v_ring.index(slot), begin + (num_tiles - 1) * block_n, key_begin, key_end, BOX)
@@ -402,7 +422,6 @@ def consume(
                 partial_out_ptr,
                 partial_lse_ptr,
                 CACHE.value_head_dim,
-                TILE.block_m,
             )
 
 
@@ -412,7 +431,7 @@ def part_of_share(
     first_share,
     num_splits,
     begin,
-    share_length,
+    line,
     num_tokens,
     num_keys,
     first_row,
@@ -429,7 +448,7 @@ def part_of_share(
         first_row, TILE.block_m, num_keys - num_tokens, num_tokens, num_keys, QUERIES, SCORING
     )
     tile_begin, tile_end = tiles_of_share(
-        share, first_share, num_splits, begin, share_length, key_begin, key_end, TILE.block_n, SCHEDULE
+        share, first_share, num_splits, begin, line, key_begin, key_end, TILE.block_n, SCHEDULE
     )
     begin_key = tile_begin * TILE.block_n
     key_begin = gl.maximum(key_begin, begin_key)
@@ -438,7 +457,13 @@ def part_of_share(
 
 
 @gluon.jit
-def produce(
+def produce_share(
+    share,
+    kv_head,
+    part,
+    tiles_done,
+    line,
+    lanes,
     rings,
     barriers,
     parts,
@@ -453,55 +478,122 @@ def produce(
     TILE: gl.constexpr,
     SCHEDULE: gl.constexpr,
 ):
-    """Find out what a program has to do, part by part, tell the warpgroups, and fetch the tiles.
+    """Tell the warpgroups of every part of a share, and fetch its tiles.
 
-    Programs take turns in alternating order, so that each gets long shares and short ones.
+    Returns the parts and the tiles until now, and whether a later share may have parts.
     """
     part_ring, part_full, part_empty = parts
-    lanes = gl.arange(0, SCHEDULE.block_s, gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
-    share_length, cost = measure_shares(lanes, starts_ptr, lens_ptr, None, QUERIES, SCORING, TILE, SCHEDULE)
+    share_length, cost = line[0], line[1]
+    position = share.to(SCHEDULE.line_type) * share_length
+    share_end = position + share_length
+    goes_on = share >= 0
+    while position < share_end:
+        segment, first_token, num_tokens, _, num_keys, first_row, begin, end = find_row_tile(
+            position, line, lanes, starts_ptr, lens_ptr, None, QUERIES, SCORING, TILE, SCHEDULE, BY_NUMBER=False
+        )
+        first_share, last_share = shares_of(begin, end, line, SCHEDULE)
+        position = share_end
+        if (segment >= 0) & (first_share <= share):
+            num_splits = last_share - first_share + 1
+            begin_key, num_tiles, key_begin, key_end = part_of_share(
+                share, first_share, num_splits, begin, line, num_tokens, num_keys, first_row,
+                QUERIES, SCORING, TILE, SCHEDULE,
+            )  # fmt: skip
+            partial_row = (partial_number(share, first_share, SCHEDULE) * QUERIES.num_kv_heads + kv_head) * TILE.block_m
+            partial_row = gl.where(num_splits > 1, partial_row, -1)
+            announce(
+                part, part_ring, part_full, part_empty,
+                (
+                    num_tiles, begin_key, key_begin, key_end, first_token, num_tokens, num_keys, first_row, kv_head,
+                    partial_row,
+                ),
+            )  # fmt: skip
+            sequence = clamp(segment - 1, 0, QUERIES.num_seqs - 1)
+            fetch_tiles(
+                k_desc, v_desc, rings, barriers, table_ptr + sequence.to(gl.int64) * CACHE.table_width,
+                tiles_done, num_tiles, begin_key, key_begin, key_end, kv_head, CACHE,
+            )  # fmt: skip
+            part += 1
+            tiles_done += num_tiles
+            position = end + cost + (SCHEDULE.unit - 1)
+        elif not SCHEDULE.is_balanced:
+            goes_on = share < 0
+    return part, tiles_done, goes_on
+
+
+@gluon.jit
+def take_ticket(ticket_ptr):
+    """A number that no other program gets."""
+    ticket = gl.atomic_add(ticket_ptr, 1, sem="relaxed")
+    gl.barrier()  # the answer goes through shared memory, which the next one must not reuse before all have read
+    return ticket
+
+
+@gluon.jit
+def produce(
+    rings,
+    barriers,
+    parts,
+    k_desc,
+    v_desc,
+    starts_ptr,
+    lens_ptr,
+    table_ptr,
+    tickets_ptr,
+    QUERIES: gl.constexpr,
+    CACHE: gl.constexpr,
+    SCORING: gl.constexpr,
+    FEW_TILE: gl.constexpr,
+    FEW_SCHEDULE: gl.constexpr,
+    MANY_TILE: gl.constexpr,
+    MANY_SCHEDULE: gl.constexpr,
+):
+    """Find out what a program has to do, part by part, tell the warpgroups, and fetch the tiles.
+
+    With one schedule, programs take turns in alternating order, so that each gets long shares and short ones. With two,
+    they take tickets of the one that they prefer as long as there are any, then of the other.
+    """
+    part_ring, part_full, part_empty = parts
+    heads: gl.constexpr = QUERIES.num_kv_heads
     program, num_programs = gl.program_id(0), gl.num_programs(0)
-    work = program
-    turn, part, tiles_done = work * 0, work * 0, work * 0
-    while work < SCHEDULE.num_shares * QUERIES.num_kv_heads:
-        kv_head = work % QUERIES.num_kv_heads
-        share = work // QUERIES.num_kv_heads
-        turn += 1
-        work = turn * num_programs + gl.where(turn % 2 == 0, program, num_programs - 1 - program)
-        position = share.to(SCHEDULE.line_type) * share_length
-        share_end = position + share_length
-        while position < share_end:
-            segment, first_token, num_tokens, _, num_keys, first_row, begin, end = find_row_tile(
-                position, cost, lanes, starts_ptr, lens_ptr, None, QUERIES, SCORING, TILE, SCHEDULE, BY_NUMBER=False
-            )
-            first_share, last_share = shares_of(begin, end, share_length, SCHEDULE)
-            position = share_end
-            if (segment >= 0) & (first_share <= share):
-                num_splits = last_share - first_share + 1
-                begin_key, num_tiles, key_begin, key_end = part_of_share(
-                    share, first_share, num_splits, begin, share_length, num_tokens, num_keys, first_row,
-                    QUERIES, SCORING, TILE, SCHEDULE,
-                )  # fmt: skip
-                partial = partial_number(share, first_share, SCHEDULE) * QUERIES.num_kv_heads + kv_head
-                partial = gl.where(num_splits > 1, partial, -1)
-                announce(
-                    part, part_ring, part_full, part_empty,
-                    (
-                        num_tiles, begin_key, key_begin, key_end, first_token, num_tokens, num_keys, first_row,
-                        kv_head, partial,
-                    ),
-                )  # fmt: skip
-                sequence = clamp(segment - 1, 0, QUERIES.num_seqs - 1)
-                fetch_tiles(
-                    k_desc, v_desc, rings, barriers, table_ptr + sequence.to(gl.int64) * CACHE.table_width,
-                    tiles_done, num_tiles, begin_key, key_begin, key_end, kv_head, CACHE,
-                )  # fmt: skip
-                part += 1
-                tiles_done += num_tiles
-                position = end + cost + (SCHEDULE.unit - 1)
+    part, tiles_done, turn = program * 0, program * 0, program * 0
+    counting: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    many_lanes = gl.arange(0, MANY_SCHEDULE.block_s, counting)
+    many_line = measure_shares(many_lanes, starts_ptr, lens_ptr, None, QUERIES, SCORING, MANY_TILE, MANY_SCHEDULE)
+    many_left = program >= 0
+    if FEW_SCHEDULE is None:
+        number = program
+        while many_left & (number < MANY_SCHEDULE.num_shares * heads):
+            part, tiles_done, many_left = produce_share(
+                number // heads, number % heads, part, tiles_done, many_line, many_lanes, rings, barriers, parts,
+                k_desc, v_desc, starts_ptr, lens_ptr, table_ptr, QUERIES, CACHE, SCORING, MANY_TILE, MANY_SCHEDULE,
+            )  # fmt: skip
+            turn += 1
+            number = turn * num_programs + gl.where(turn % 2 == 0, program, num_programs - 1 - program)
+    else:
+        few_lanes = gl.arange(0, FEW_SCHEDULE.block_s, counting)
+        few_line = measure_shares(few_lanes, starts_ptr, lens_ptr, None, QUERIES, SCORING, FEW_TILE, FEW_SCHEDULE)
+        prefers_few = program % 8 < EIGHTHS_FOR_FEW
+        few_left = many_left
+        while few_left | many_left:
+            if few_left & (prefers_few | (not many_left)):
+                number = take_ticket(tickets_ptr)
+                few_left = number < FEW_SCHEDULE.num_shares * heads
+                if few_left:
+                    part, tiles_done, few_left = produce_share(
+                        number // heads, number % heads, part, tiles_done, few_line, few_lanes, rings, barriers, parts,
+                        k_desc, v_desc, starts_ptr, lens_ptr, table_ptr, QUERIES, CACHE, SCORING, FEW_TILE,
+                        FEW_SCHEDULE,
+                    )  # fmt: skip
             else:
-                if not SCHEDULE.is_balanced:
-                    work = SCHEDULE.num_shares * QUERIES.num_kv_heads  # no later share has a row tile
+                number = take_ticket(tickets_ptr + 1)
+                many_left = number < MANY_SCHEDULE.num_shares * heads
+                if many_left:
+                    part, tiles_done, many_left = produce_share(
+                        number // heads, number % heads, part, tiles_done, many_line, many_lanes, rings, barriers,
+                        parts, k_desc, v_desc, starts_ptr, lens_ptr, table_ptr, QUERIES, CACHE, SCORING, MANY_TILE,
+                        MANY_SCHEDULE,
+                    )  # fmt: skip
     announce(part, part_ring, part_full, part_empty, (0, 0, 0, 0, 0, 0, 0, 0, 0, 0))
 
 
@@ -516,25 +608,28 @@ def hopper_paged_attention_kernel(
     sink_ptr,  # [Hq] or None
     k_scale_ptr,  # [1] or [Hkv] or None
     v_scale_ptr,  # [1] or [Hkv] or None
+    tickets_ptr,  # two zeros, or None with one schedule
     out_ptr,  # [T, Hq, Dv]
     lse_ptr,  # [T, Hq] or None
-    partial_out_ptr,  # [partials, BLOCK_M, Dv] float32, or None where no keys are split
-    partial_lse_ptr,  # [partials, BLOCK_M] float32, base 2, or None
+    partial_out_ptr,  # [rows of all partial results, Dv] float32, or None where no keys are split
+    partial_lse_ptr,  # [rows of all partial results] float32, base 2, or None
     K_SCALE_STRIDE: gl.constexpr,
     V_SCALE_STRIDE: gl.constexpr,
     QUERIES: gl.constexpr,
     CACHE: gl.constexpr,
     SCORING: gl.constexpr,
-    TILE: gl.constexpr,
-    SCHEDULE: gl.constexpr,
+    FEW_TILE: gl.constexpr,
+    FEW_SCHEDULE: gl.constexpr,
+    MANY_TILE: gl.constexpr,
+    MANY_SCHEDULE: gl.constexpr,
 ):
-    """Every sequence of a schedule, by programs that stay: one a multiprocessor."""
+    """Every sequence of a schedule, or of two, by programs that stay: one a multiprocessor."""
     dtype: gl.constexpr = q_ptr.dtype.element_ty
-    groups: gl.constexpr = TILE.block_m // ROWS
-    num_slots: gl.constexpr = TILE.num_stages
-    q_ring = gl.allocate_shared_memory(dtype, [groups, ROWS, TILE.block_d], SWIZZLED)
-    k_ring = gl.allocate_shared_memory(dtype, [num_slots, TILE.block_n, TILE.block_d], SWIZZLED)
-    v_ring = gl.allocate_shared_memory(dtype, [num_slots, TILE.block_n, TILE.block_dv], SWIZZLED)
+    groups: gl.constexpr = MANY_TILE.block_m // ROWS
+    num_slots: gl.constexpr = MANY_TILE.num_stages
+    q_ring = gl.allocate_shared_memory(dtype, [groups, ROWS, MANY_TILE.block_d], SWIZZLED)
+    k_ring = gl.allocate_shared_memory(dtype, [num_slots, MANY_TILE.block_n, MANY_TILE.block_d], SWIZZLED)
+    v_ring = gl.allocate_shared_memory(dtype, [num_slots, MANY_TILE.block_n, MANY_TILE.block_dv], SWIZZLED)
     k_full = mbarrier.allocate_mbarrier(batch=num_slots)
     k_empty = mbarrier.allocate_mbarrier(batch=num_slots)
     v_full = mbarrier.allocate_mbarrier(batch=num_slots)
@@ -555,27 +650,28 @@ def hopper_paged_attention_kernel(
     barriers = (k_full, k_empty, v_full, v_empty)
     arrays = (q_ptr, sink_ptr, k_scale_ptr, v_scale_ptr, out_ptr, lse_ptr, partial_out_ptr, partial_lse_ptr)
     box: gl.constexpr = k_desc.block_shape[0]
+    often_few: gl.constexpr = FEW_SCHEDULE is not None
     gl.warp_specialize(
         [
             (
                 consume,
                 (
                     q_ring, rings, barriers, parts, arrays, K_SCALE_STRIDE, V_SCALE_STRIDE, QUERIES, CACHE, SCORING,
-                    TILE, box, 0,
+                    MANY_TILE, box, often_few, 0,
                 ),
             ),
             (
                 consume,
                 (
                     q_ring, rings, barriers, parts, arrays, K_SCALE_STRIDE, V_SCALE_STRIDE, QUERIES, CACHE, SCORING,
-                    TILE, box, 1,
+                    MANY_TILE, box, often_few, 1,
                 ),
             ),
             (
                 produce,
                 (
-                    rings, barriers, parts, k_desc, v_desc, starts_ptr, lens_ptr, table_ptr, QUERIES, CACHE, SCORING,
-                    TILE, SCHEDULE,
+                    rings, barriers, parts, k_desc, v_desc, starts_ptr, lens_ptr, table_ptr, tickets_ptr, QUERIES,
+                    CACHE, SCORING, FEW_TILE, FEW_SCHEDULE, MANY_TILE, MANY_SCHEDULE,
                 ),
             ),
         ],

@@ -38,7 +38,7 @@ def attend_row_tile(
     share,
     first_share,
     num_splits,
-    share_length,
+    line,
     kv_head,
     starts_ptr,
     begins_ptr,
@@ -92,7 +92,7 @@ def attend_row_tile(
         whole_begin = tl.maximum(whole_begin, first_key)
         row_begin = tl.maximum(row_begin, first_key)
     tile_begin, tile_end = tiles_of_share(
-        share, first_share, num_splits, begin, share_length, key_begin, key_end, TILE.block_n, SCHEDULE
+        share, first_share, num_splits, begin, line, key_begin, key_end, TILE.block_n, SCHEDULE
     )
 
     score_scale = load_score_scale(k_scale_ptr, kv_head, K_SCALE_STRIDE, SCORING)
@@ -155,14 +155,13 @@ def attend_row_tile(
             row_max,
             row_sum,
             acc,
-            partial_number(share, first_share, SCHEDULE) * QUERIES.num_kv_heads + kv_head,
+            (partial_number(share, first_share, SCHEDULE) * QUERIES.num_kv_heads + kv_head) * TILE.block_m,
             rows - first_row,
             row_mask,
             value_dims,
             partial_out_ptr,
             partial_lse_ptr,
             CACHE.value_head_dim,
-            TILE.block_m,
         )
 
 
@@ -170,8 +169,7 @@ def attend_row_tile(
 def attend_next(
     position,
     share,
-    share_length,
-    cost,
+    line,
     kv_head,
     starts_ptr,
     lens_ptr,
@@ -191,9 +189,10 @@ def attend_next(
     """
     lanes = tl.arange(0, SCHEDULE.block_s)
     segment, first_token, num_tokens, first_key, num_keys, first_row, begin, end = find_row_tile(
-        position, cost, lanes, starts_ptr, lens_ptr, begins_ptr, QUERIES, SCORING, TILE, SCHEDULE, BY_NUMBER=False
+        position, line, lanes, starts_ptr, lens_ptr, begins_ptr, QUERIES, SCORING, TILE, SCHEDULE, BY_NUMBER=False
     )
-    first_share, last_share = shares_of(begin, end, share_length, SCHEDULE)
+    first_share, last_share = shares_of(begin, end, line, SCHEDULE)
+    share_length, cost = line[0], line[1]
     done = position + share_length
     if (segment >= 0) & (first_share <= share):
         attend_row_tile(
@@ -207,7 +206,7 @@ def attend_next(
             share,
             first_share,
             last_share - first_share + 1,
-            share_length,
+            line,
             kv_head,
             starts_ptr,
             begins_ptr,
@@ -227,8 +226,7 @@ def attend_next(
 @triton.jit
 def attend_share(
     share,
-    share_length,
-    cost,
+    line,
     kv_head,
     starts_ptr,
     lens_ptr,
@@ -243,6 +241,7 @@ def attend_share(
     SCHEDULE: tl.constexpr,
 ):
     """Do a share of the work for one KV head."""
+    share_length = line[0]
     position = share.to(SCHEDULE.line_type) * share_length
     end = position + share_length
     if SCHEDULE.is_balanced:
@@ -250,8 +249,7 @@ def attend_share(
             position = attend_next(
                 position,
                 share,
-                share_length,
-                cost,
+                line,
                 kv_head,
                 starts_ptr,
                 lens_ptr,
@@ -269,8 +267,7 @@ def attend_share(
         attend_next(
             position,
             share,
-            share_length,
-            cost,
+            line,
             kv_head,
             starts_ptr,
             lens_ptr,
@@ -313,12 +310,11 @@ def attend_shares(
 ):
     """Do what falls to `program`: the share of its number, or those that the counter at `ticket_ptr` hands out."""
     lanes = tl.arange(0, SCHEDULE.block_s)
-    share_length, cost = measure_shares(lanes, starts_ptr, lens_ptr, begins_ptr, QUERIES, SCORING, TILE, SCHEDULE)
+    line = measure_shares(lanes, starts_ptr, lens_ptr, begins_ptr, QUERIES, SCORING, TILE, SCHEDULE)
     if ticket_ptr is None:
         attend_share(
             program // QUERIES.num_kv_heads,
-            share_length,
-            cost,
+            line,
             program % QUERIES.num_kv_heads,
             starts_ptr,
             lens_ptr,
@@ -337,8 +333,7 @@ def attend_shares(
         while ticket < SCHEDULE.num_shares * QUERIES.num_kv_heads:
             attend_share(
                 ticket // QUERIES.num_kv_heads,
-                share_length,
-                cost,
+                line,
                 ticket % QUERIES.num_kv_heads,
                 starts_ptr,
                 lens_ptr,

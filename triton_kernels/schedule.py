@@ -2,8 +2,12 @@
 
 The row tiles of all segments lie on a line, one after another, each as long as the KV tiles that it spans and the cost
 of beginning it. A balanced schedule cuts the line into equal shares, wherever the cuts fall: a share may hold the end
-of a row tile, some whole ones and the beginning of another. A forced one cuts every row tile into so many splits, and
-each is a share, whatever the batch is.
+of a row tile, some whole ones and the beginning of another. Others cut every row tile by itself, and each split is a
+share: a forced one into so many splits, whatever the batch is; one of even splits into as many as make them about as
+long as an equal share.
+
+What the batch decides is a tuple, `line`: how long a share is on the line, what it costs to begin a row tile, and the
+KV tiles of an even split.
 
 Callers hand over the lanes that count segments: so Triton and Gluon, whose ranges need layouts, share these functions.
 """
@@ -65,22 +69,55 @@ def count_tiles(
     num_rows = num_tokens * QUERIES.group_size
     is_mine = (num_rows >= SCHEDULE.fewest_rows) & (num_rows <= SCHEDULE.most_rows)
     row_tiles = tl.where(is_mine, tl.cdiv(num_rows, TILE.block_m), 0)
+    return row_tiles, count_key_tiles(num_tokens, first_key, num_keys, SCORING, TILE, SCHEDULE)
+
+
+@triton.jit
+def count_key_tiles(num_tokens, first_key, num_keys, SCORING: tl.constexpr, TILE: tl.constexpr, SCHEDULE: tl.constexpr):
+    """KV tiles that a row tile of segments spans."""
     if SCORING.window_left is None:
         key_begin = first_key
     else:
         key_begin = tl.maximum(num_keys - num_tokens - SCORING.window_left, first_key)
     _, key_tiles = tile_range(key_begin, num_keys, TILE.block_n)
-    return row_tiles, clamp(key_tiles, 1, SCHEDULE.most_tiles)
+    return clamp(key_tiles, 1, SCHEDULE.most_tiles)
 
 
 @triton.jit
-def line_lengths(key_tiles, cost, SCHEDULE: tl.constexpr):
+def line_lengths(key_tiles, line, SCHEDULE: tl.constexpr):
     """How far row tiles reach on the line: to the end of their keys, and to where the next one begins."""
+    cost, split_tiles = line[1], line[2]
     if SCHEDULE.is_balanced:
         reach = key_tiles.to(SCHEDULE.line_type) * SCHEDULE.unit
+    elif SCHEDULE.even_splits is not None:
+        reach = tl.maximum((key_tiles + split_tiles // 2) // split_tiles, 1).to(SCHEDULE.line_type)
     else:
         reach = tl.minimum(key_tiles, SCHEDULE.num_splits).to(SCHEDULE.line_type)
     return reach, reach + cost
+
+
+@triton.jit
+def measure_splits(
+    lanes,  # [BLOCK_S] 0, 1, 2 and so on
+    starts_ptr,
+    lens_ptr,
+    begins_ptr,
+    QUERIES: tl.constexpr,
+    SCORING: tl.constexpr,
+    TILE: tl.constexpr,
+    SCHEDULE: tl.constexpr,
+):
+    """KV tiles of an even split."""
+    total = (lanes * 0).to(SCHEDULE.line_type)
+    for start in range(0, QUERIES.num_segments, SCHEDULE.block_s):
+        _, num_tokens, first_key, num_keys = load_segments(
+            start + lanes, starts_ptr, lens_ptr, begins_ptr, QUERIES, SCHEDULE.max_keys
+        )
+        key_tiles = count_key_tiles(num_tokens, first_key, num_keys, SCORING, TILE, SCHEDULE)
+        row_tiles = tl.cdiv(num_tokens * QUERIES.group_size, SCHEDULE.even_splits.block_m)
+        total += row_tiles.to(SCHEDULE.line_type) * key_tiles
+    even_length = tl.cdiv(tl.sum(total), SCHEDULE.even_splits.num_shares)
+    return tl.maximum(even_length, SCHEDULE.min_tiles).to(tl.int32)
 
 
 @triton.jit
@@ -94,9 +131,12 @@ def measure_shares(
     TILE: tl.constexpr,
     SCHEDULE: tl.constexpr,
 ):
-    """Length of a share, and the cost of beginning a row tile, in units of the line."""
-    if not SCHEDULE.is_balanced:
-        return 1, 0
+    """Length of a share and the cost of beginning a row tile, in units of the line; KV tiles of an even split."""
+    if SCHEDULE.even_splits is not None:
+        split_tiles = measure_splits(lanes, starts_ptr, lens_ptr, begins_ptr, QUERIES, SCORING, TILE, SCHEDULE)
+        return 1, 0, split_tiles
+    elif not SCHEDULE.is_balanced:
+        return 1, 0, 0
     else:
         longest = lanes * 0
         total = longest.to(SCHEDULE.line_type)
@@ -122,13 +162,13 @@ def measure_shares(
         if_whole = reach * tl.cdiv(length, tl.maximum(reach, 1))
         alike = tl.where(reach >= length, if_cut, if_whole)
         length = tl.where(is_uniform & (alike <= length + length // 8), alike, length)
-        return length, cost
+        return length, cost, 0
 
 
 @triton.jit
 def find_row_tile(
     wanted,
-    cost,
+    line,
     lanes,  # [BLOCK_S] 0, 1, 2 and so on
     starts_ptr,
     lens_ptr,
@@ -144,6 +184,7 @@ def find_row_tile(
     Returns its segment, -1 if there is none; the segment's first token, tokens, first key and end of the keys; the
     tile's first row; where it begins on the line, and where its keys end.
     """
+    cost = line[1]
     if starts_ptr is None and SCHEDULE.num_splits == 1:
         tiles_each: tl.constexpr = (QUERIES.group_size + TILE.block_m - 1) // TILE.block_m
         segment = tl.where(wanted < QUERIES.num_segments * tiles_each, wanted // tiles_each, -1)
@@ -151,7 +192,7 @@ def find_row_tile(
         tiles_before = begin
     else:
         begin = tl.cast(wanted, SCHEDULE.line_type) * 0
-        line = begin
+        line_end = begin
         one_more = begin.to(tl.int32)
         tiles_before = one_more
         tiles = one_more
@@ -161,8 +202,8 @@ def find_row_tile(
                 segments, starts_ptr, lens_ptr, begins_ptr, QUERIES, SCHEDULE.max_keys
             )
             row_tiles, key_tiles = count_tiles(num_tokens, first_key, num_keys, QUERIES, SCORING, TILE, SCHEDULE)
-            _, length = line_lengths(key_tiles, cost, SCHEDULE)
-            ends = line + tl.cumsum(row_tiles * length, 0)
+            _, length = line_lengths(key_tiles, line, SCHEDULE)
+            ends = line_end + tl.cumsum(row_tiles * length, 0)
             begins = ends - row_tiles * length
             if BY_NUMBER:
                 tile_ends = tiles + tl.cumsum(row_tiles, 0)
@@ -173,13 +214,13 @@ def find_row_tile(
                 is_found = (row_tiles > 0) & (begins - cost <= wanted) & (wanted < ends - cost)
             one_more += tl.sum(tl.where(is_found, segments + 1, 0))
             begin += tl.sum(tl.where(is_found, begins, 0))
-            line = tl.max(ends)
+            line_end = tl.max(ends)
         segment = one_more - 1
     first_token, num_tokens, first_key, num_keys = load_segments(
         segment, starts_ptr, lens_ptr, begins_ptr, QUERIES, SCHEDULE.max_keys
     )
     row_tiles, key_tiles = count_tiles(num_tokens, first_key, num_keys, QUERIES, SCORING, TILE, SCHEDULE)
-    reach, length = line_lengths(key_tiles, cost, SCHEDULE)
+    reach, length = line_lengths(key_tiles, line, SCHEDULE)
     if BY_NUMBER:
         number = wanted - tiles_before
     else:
@@ -190,15 +231,17 @@ def find_row_tile(
 
 
 @triton.jit
-def shares_of(begin, end, share_length, SCHEDULE: tl.constexpr):
+def shares_of(begin, end, line, SCHEDULE: tl.constexpr):
     """First and last share of a row tile whose keys lie on `[begin, end)` of the line: every one holds a KV tile."""
+    share_length = line[0]
     first = (begin + (SCHEDULE.unit - 1)) // share_length
     return first.to(tl.int32), ((end - 1) // share_length).to(tl.int32)
 
 
 @triton.jit
-def split_begin(share, first_share, num_splits, begin, share_length, tiles, SCHEDULE: tl.constexpr):
+def split_begin(share, first_share, num_splits, begin, line, tiles, SCHEDULE: tl.constexpr):
     """First of a row tile's `tiles` KV tiles that falls to `share`, or to a later one if none does."""
+    share_length = line[0]
     if SCHEDULE.is_balanced:
         result = tl.minimum(tl.maximum(share.to(SCHEDULE.line_type) * share_length - begin, 0) // SCHEDULE.unit, tiles)
     else:
@@ -213,7 +256,7 @@ def tiles_of_share(
     first_share,
     num_splits,
     begin,
-    share_length,
+    line,
     key_begin,
     key_end,
     BLOCK_N: tl.constexpr,
@@ -221,8 +264,8 @@ def tiles_of_share(
 ):
     """The KV tiles `[begin, end)` that `share` has of a row tile that sees the keys `[key_begin, key_end)`."""
     first_tile, tiles = tile_range(key_begin, key_end, BLOCK_N)
-    tile_begin = split_begin(share, first_share, num_splits, begin, share_length, tiles, SCHEDULE)
-    tile_end = split_begin(share + 1, first_share, num_splits, begin, share_length, tiles, SCHEDULE)
+    tile_begin = split_begin(share, first_share, num_splits, begin, line, tiles, SCHEDULE)
+    tile_end = split_begin(share + 1, first_share, num_splits, begin, line, tiles, SCHEDULE)
     return first_tile + tile_begin, first_tile + tile_end
 
 

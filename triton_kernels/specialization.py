@@ -70,12 +70,24 @@ class Tile:
 
 
 @dataclass(frozen=True)
+class EvenSplits:
+    """Row tiles cut by themselves, about as long as each of `num_shares` equal shares of the whole batch.
+
+    The batch is counted in tiles of `block_m` rows, whatever its schedules.
+    """
+
+    num_shares: int
+    block_m: int
+
+
+@dataclass(frozen=True)
 class Schedule:
     """How the segments that have `fewest_rows` to `most_rows` rows are shared out.
 
     `num_splits` is forced, or 0 to balance the batch: over `num_shares` shares, none shorter than `min_tiles` KV tiles.
-    If it is forced there are `num_shares` at most. `num_slots` programs a KV head do a share each, or take them by
-    tickets. A row tile spans `most_tiles` KV tiles at most, and to begin one costs as much as one of them.
+    If it is forced, or every row tile is cut into `even_splits`, there are `num_shares` at most. `num_slots` programs a
+    KV head do a share each, or take them by tickets. A row tile spans `most_tiles` KV tiles at most, and to begin one
+    costs as much as one of them.
     `most_work` bounds the tiles or splits of all row tiles, even where starts and lengths are nonsense.
     Programs count `block_s` segments at a time; their partial results begin at `first_partial`.
     """
@@ -91,11 +103,12 @@ class Schedule:
     block_s: int
     most_work: int
     first_partial: int = 0
+    even_splits: EvenSplits | None = None
 
     @property
     def is_balanced(self) -> bool:
-        """Whether shares are of equal length."""
-        return self.num_splits == 0
+        """Whether shares are of equal length, wherever they end."""
+        return self.num_splits == 0 and self.even_splits is None
 
     @property
     def unit(self) -> int:

@@ -18,17 +18,16 @@ def store_partial(
     row_max,  # [BLOCK_M]
     row_sum,  # [BLOCK_M]
     acc,  # [BLOCK_M, BLOCK_DV]
-    partial,
+    first_row,
     tile_rows,  # [BLOCK_M] rows of the row tile
     row_mask,  # [BLOCK_M]
     dims,  # [BLOCK_DV] 0, 1, 2 and so on
-    partial_out_ptr,  # [partials, rows of a row tile, Dv] float32
-    partial_lse_ptr,  # [partials, rows of a row tile] float32, base 2
+    partial_out_ptr,  # [rows of all partial results, Dv] float32
+    partial_lse_ptr,  # [rows of all partial results] float32, base 2
     VALUE_HEAD_DIM: tl.constexpr,
-    TILE_ROWS: tl.constexpr,
 ):
-    """Write a row state as partial result number `partial`."""
-    rows = tl.cast(partial, tl.int64) * TILE_ROWS + tile_rows
+    """Write a row state as the partial result that begins at `first_row`."""
+    rows = tl.cast(first_row, tl.int64) + tile_rows
     tl.store(
         partial_out_ptr + rows[:, None] * VALUE_HEAD_DIM + dims[None, :],
         divide_by_sum(acc, row_sum),
@@ -98,11 +97,11 @@ def reduce_rows(
     kv_head = program // blocks % QUERIES.num_kv_heads
     number = program // (blocks * QUERIES.num_kv_heads)
     lanes = tl.arange(0, SCHEDULE.block_s)
-    share_length, cost = measure_shares(lanes, starts_ptr, lens_ptr, begins_ptr, QUERIES, SCORING, TILE, SCHEDULE)
+    line = measure_shares(lanes, starts_ptr, lens_ptr, begins_ptr, QUERIES, SCORING, TILE, SCHEDULE)
     segment, first_token, num_tokens, _, _, first_row, begin, end = find_row_tile(
-        number, cost, lanes, starts_ptr, lens_ptr, begins_ptr, QUERIES, SCORING, TILE, SCHEDULE, BY_NUMBER=True
+        number, line, lanes, starts_ptr, lens_ptr, begins_ptr, QUERIES, SCORING, TILE, SCHEDULE, BY_NUMBER=True
     )
-    first_share, last_share = shares_of(begin, end, share_length, SCHEDULE)
+    first_share, last_share = shares_of(begin, end, line, SCHEDULE)
     rows = program % blocks * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     _, heads, out_rows, row_mask = unpack_rows(first_row + rows, first_row, kv_head, num_tokens, QUERIES)
     has_rows = tl.max(row_mask.to(tl.int32)) > 0
