@@ -24,12 +24,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.cases import DEFAULT_GROUPS
 from bench.results import OURS, Results, read_json
 
 BASELINES = Path(__file__).parent / "baselines"
 PEER = "fa3"
 BOUNDS = ("copy", "product")
 YARDSTICK = "yardstick"
+GROUPS = (*DEFAULT_GROUPS, "features")  # of cases beside FlashAttention-3
 
 TOLERANCES = {PEER: 0.05, "copy": 0.05, "product": 0.05, YARDSTICK: 0.5}
 """Share by which a ratio may fall. On a CPU a ratio is between programs of different kinds, on shared cores."""
@@ -164,7 +166,14 @@ def measure_here(folder: Path) -> list[Path]:
         peers = [f"--peers={PEER}"] if os.environ.get("FA3_LIBRARY") else []
         runs = {
             folder / "suite.json": [*suite, "--benchmark-json"],
-            folder / "unified.json": ["-m", "bench.unified", "--repeats=10", *peers, "--json"],
+            folder / "unified.json": [
+                "-m",
+                "bench.unified",
+                f"--groups={','.join(GROUPS)}",
+                "--repeats=10",
+                *peers,
+                "--json",
+            ],
         }
     else:  # on one thread: those that wait for each other do no work
         environment["XLA_FLAGS"] = f"{environment.get('XLA_FLAGS', '')} --xla_cpu_multi_thread_eigen=false"

@@ -3,7 +3,7 @@
 The page holds its pictures and needs nothing else. It takes what the benchmarks of this folder store with `--json` (or
 `--benchmark-json`), each file of which says on what machine and with which command it was made. Example:
 
-    python -m bench.report bench/baselines/*h100*.json --html docs/report_h100.html --pictures docs/h100
+    python -m bench.report bench/baselines/unified_h100*.json --html report.html --pictures docs/h100
 """
 
 from __future__ import annotations

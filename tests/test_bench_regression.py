@@ -9,11 +9,14 @@ from pathlib import Path
 import pytest
 
 from bench import regression
+from bench.cases import GROUPS
 from bench.regression import BASELINES, compare, read_baseline, read_ratios
 from bench.results import CaseReport, Results, read_json, write_json
+from tests.cases import MODELS
 
 H100 = "NVIDIA H100 80GB HBM3"
 MEASURED = BASELINES / "unified_h100.json"
+PROMPTS = BASELINES / "unified_h100_prompts.json"
 
 
 def slower(results: Results, name: str, factor: float) -> Results:
@@ -32,12 +35,22 @@ def slower(results: Results, name: str, factor: float) -> Results:
 
 def test_the_baseline_is_what_was_measured() -> None:
     device, measured = read_ratios(MEASURED)
+    other_device, prompts = read_ratios(PROMPTS)
     stored = read_baseline(device)
-    assert device == H100
+    assert device == other_device == H100
+    measured |= prompts
     assert measured.keys() <= stored.keys()
     lines, worse = compare(measured, stored)
-    assert not worse
+    assert all(line.endswith("not measured") for line in worse)
     assert all("of fa3 (" in line and "0.0%)" in line for line in lines if "sinks" not in line)
+
+
+def test_a_whole_run_measures_all_that_is_stored() -> None:
+    """Else it would miss cases and fail, however fast the others are."""
+    cases = {f"unified_attention[{name}]" for group in regression.GROUPS for name in GROUPS[group]}
+    suites = {f"unified_attention[{model}-" for model in MODELS}
+    stored = {name for name in read_baseline(H100) if name.startswith("unified_attention[")}
+    assert {name for name in stored if not name.startswith(tuple(suites))} == cases
 
 
 @pytest.mark.parametrize(("factor", "is_noticed"), [(1.03, False), (1.08, True)])
@@ -45,8 +58,16 @@ def test_what_became_slower_is_named(factor: float, is_noticed: bool, tmp_path: 
     path = tmp_path / "now.json"
     write_json(path, slower(read_json(MEASURED), "64x4096", factor))
     _, worse = compare(read_ratios(path)[1], read_baseline(H100))
-    assert [line.partition(":")[0] for line in worse] == (["unified_attention[64x4096]"] if is_noticed else [])
-    assert regression.main([str(path)]) == int(is_noticed)
+    slower_cases = [line.partition(":")[0] for line in worse if not line.endswith("not measured")]
+    assert slower_cases == (["unified_attention[64x4096]"] if is_noticed else [])
+    assert regression.main([str(path)]) == 1
+
+
+def test_a_run_as_fast_as_the_baseline_passes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(regression, "BASELINES", tmp_path)
+    assert regression.main([str(MEASURED), str(PROMPTS), "--write"]) == 0
+    assert regression.main([str(MEASURED), str(PROMPTS)]) == 0
+    assert regression.main([str(MEASURED)]) == 1  # half of it was not measured
 
 
 def test_without_the_peer_the_bound_decides() -> None:
