@@ -39,6 +39,10 @@ _RULES: dict[str, tuple[Callable[[int], bool], str]] = {
 }
 _BLOCK_RULE = (_power_of_two, "a power of two")
 _FLAGS = ("skip_masks", "warp_specialized")
+SPECIALIZED_ROWS = 128
+"""Rows of a tile of programs with specialised warps."""
+DECODE_TILE_FIELDS = ("decode_block_n", "decode_num_stages", "decode_programs_per_sm")
+"""What decode tiles have for themselves in programs without specialised warps."""
 
 
 class Config:
@@ -91,13 +95,14 @@ class Config:
 
 
 def warp_specialization(cfg: Config) -> bool | None:
-    """What `cfg` says about specialised warps: tiles that it fixes are those of programs without; None for nothing."""
+    """What `cfg` says about specialised warps, None for nothing: tiles that it fixes are those of programs without."""
     if not hasattr(cfg, "warp_specialized"):
         return None
     tile = ("block_m", "block_n", "num_warps", "num_stages", "programs_per_sm", "skip_masks")
-    decode_tile = ("decode_block_n", "decode_num_stages", "decode_programs_per_sm")
-    implied = False if any(getattr(cfg, name, None) is not None for name in (*tile, *decode_tile)) else None
-    return implied if cfg.warp_specialized is None else cfg.warp_specialized
+    if cfg.warp_specialized is not None:
+        return bool(cfg.warp_specialized)
+    is_fixed = any(getattr(cfg, name, None) is not None for name in (*tile, *DECODE_TILE_FIELDS))
+    return False if is_fixed or (getattr(cfg, "decode_block_m", None) or 0) > SPECIALIZED_ROWS else None
 
 
 def chosen(value: int | None) -> int:
@@ -201,7 +206,7 @@ class UnifiedAttentionConfig(Config):
         warp_specialized: whether programs have specialised warps, which Hopper has, unless all sequences are decoding.
             They take tiles of 128 rows, `num_stages` is how many tiles of K and of V are in shared memory, `num_warps`
             counts those that compute. If None, fixing one of `block_m`, `block_n`, `num_warps`, `num_stages`,
-            `programs_per_sm`, `skip_masks` and the decode tile's fields but `decode_block_m` means False.
+            `programs_per_sm`, `skip_masks` and the decode tile's fields means False; `decode_block_m` only above 128.
     """
 
     seq_threshold_3d: int | None = None

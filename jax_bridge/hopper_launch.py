@@ -5,16 +5,16 @@ from typing import Any
 
 import numpy as np
 
+from jax_bridge.configs import DECODE_TILE_FIELDS, SPECIALIZED_ROWS
 from jax_bridge.device import Device
 from jax_bridge.launch import descriptor, kernels, lacks_gluon
 from jax_bridge.layouts import cache_strides
 from jax_bridge.validation import PagedSizes
 
-TILE_ROWS = 128  # of two warpgroups
+TILE_ROWS = SPECIALIZED_ROWS  # of two warpgroups
 WARPS = 4  # of a warpgroup, which is all that a launch asks for: the kernel adds the others
 COMPUTING_WARPS = 2 * WARPS
 HEAD_DIMS = (64, 128, 256)
-DECODE_TILE_FIELDS = ("decode_block_n", "decode_num_stages", "decode_programs_per_sm")  # which decoding has alone
 _SMALLEST_PAGE = 8  # tokens: the TMA swizzles shared memory by eight rows
 _MOST_CACHE_ROWS = 1 << 30  # MOST_CACHE_ROWS of the kernel, without importing it
 _TILE_BYTES = 32 << 10  # of K or V
@@ -64,14 +64,13 @@ def num_stages(sizes: PagedSizes) -> int:
     return 3 if sizes.head_dim <= widest else 2
 
 
-def check(invocation: Any, cfg: Any, device: Device, *, is_decoding: bool = False) -> None:
+def check(invocation: Any, cfg: Any, device: Device) -> None:
     """Refuse a configuration that asks for the kernel where it cannot follow.
 
     Args:
-        invocation: The call.
+        invocation: The call, not one that only decodes.
         cfg: Its complete configuration.
         device: The GPU to run on.
-        is_decoding: Whether nothing is left for the kernel, which has no decode tiles, and others have.
 
     Raises:
         NotImplementedError: It cannot do what the call asks for.
@@ -83,9 +82,8 @@ def check(invocation: Any, cfg: Any, device: Device, *, is_decoding: bool = Fals
         raise NotImplementedError(
             f"{invocation.operation}[triton] with warp_specialized=True does not support {words}; leave it out of cfg"
         )
-    expected: dict[str, Any] = {"block_m": TILE_ROWS, "skip_masks": True}
-    if not is_decoding:
-        expected |= {"num_warps": COMPUTING_WARPS, **dict.fromkeys(DECODE_TILE_FIELDS)}
+    tile = {"block_m": TILE_ROWS, "skip_masks": True, "num_warps": COMPUTING_WARPS}
+    expected: dict[str, Any] = tile | dict.fromkeys(DECODE_TILE_FIELDS)
     for name, value in expected.items():
         if (given := getattr(cfg, name, None)) != value:
             raise ValueError(

@@ -80,7 +80,7 @@ def _decode_programs_per_sm(tile: TileShape) -> int:
 
 
 def _min_decode_tiles(sizes: PagedSizes, tile: TileShape, device: Device) -> int:
-    """Tiles of a split: all that there are of a sequence where many are short, and none waits long for another."""
+    """Tiles of a split: all that a table has room for, where many sequences are short: none waits long for another."""
     programs = device.num_sms * _decode_programs_per_sm(tile)
     fills_device = 4 * min(sizes.num_seqs, sizes.num_tokens) * sizes.num_kv_heads >= 3 * programs
     is_short = sizes.table_width * sizes.page_size <= _SHORT_TILES * tile.block_n
@@ -269,14 +269,14 @@ def _row_class(cfg: Any, *, num_splits: int) -> RowClass:
 
 
 def specializes_warps(arrays: Mapping[str, Any], sizes: PagedSizes, device: Device) -> bool:
-    """Whether programs with specialised warps can do a call, and enough rows may be prefilling for a launch more."""
+    """Whether programs with specialised warps can do a call, and are faster, if as many rows prefill as may."""
     rows = sizes.num_tokens * sizes.group_size
     if sizes.num_seqs == 1:
         is_worth_it = rows >= _SPECIALIZED_ROWS
     else:
         row_tiles = rows // hopper_launch.TILE_ROWS * sizes.num_kv_heads
         is_worth_it = sizes.num_tokens >= _SPECIALIZED_TOKENS * sizes.num_seqs and 2 * row_tiles >= device.num_sms
-    is_prefill = not is_decode_only(sizes, hopper_launch.queries_of(arrays).dtype)
+    is_prefill = not _is_decode_only(sizes, hopper_launch.queries_of(arrays).dtype)
     return is_worth_it and is_prefill and hopper_launch.lacks(arrays, sizes, device) is None
 
 
@@ -290,7 +290,7 @@ def unified_attention_config(
     sizes: PagedSizes, query_dtype: Any, cache_dtype: Any, device: Device, *, warp_specialized: bool = False
 ) -> UnifiedAttentionConfig:
     """Both tile shapes of unified attention, and its split target."""
-    decode_only = is_decode_only(sizes, query_dtype)
+    decode_only = _is_decode_only(sizes, query_dtype)
     overlaps = not decode_only and not warp_specialized and _overlaps(sizes)
     wide = not decode_only and _prefill_programs_per_sm(sizes) == 1
     tokens = math.ceil(sizes.num_tokens / max(1, sizes.num_seqs))
@@ -303,16 +303,6 @@ def unified_attention_config(
             num_warps=hopper_launch.COMPUTING_WARPS,
             decode_block_m=decode.block_m,
             min_tiles_per_split=_MIN_SPECIALIZED_TILES,
-        )
-    if warp_specialized:
-        return UnifiedAttentionConfig(
-            **_specialized_fields(sizes),
-            num_warps=decode.num_warps,
-            decode_block_m=decode.block_m,
-            decode_block_n=decode.block_n,
-            decode_num_stages=decode.num_stages,
-            decode_programs_per_sm=_decode_programs_per_sm(decode),
-            min_tiles_per_split=_MIN_DECODE_TILES,
         )
     prefill = prefill_tile(sizes, cache_dtype, device)
     return UnifiedAttentionConfig(
@@ -327,7 +317,7 @@ def unified_attention_config(
         programs_per_sm=_prefill_programs_per_sm(sizes),
         decode_programs_per_sm=1 if overlaps or wide else _decode_programs_per_sm(decode),
         min_tiles_per_split=_min_decode_tiles(sizes, decode, device) if decode_only else _MIN_DECODE_TILES,
-        warp_specialized=False,
+        warp_specialized=warp_specialized,
     )
 
 
@@ -346,7 +336,7 @@ def unified_attention_classes(
     if cfg.seq_threshold_3d is not None and sizes.num_seqs > cfg.seq_threshold_3d:
         num_splits = 1
     num_rows = sizes.num_tokens * sizes.group_size
-    decode_only = is_decode_only(sizes, query_dtype)
+    decode_only = _is_decode_only(sizes, query_dtype)
     prefill = RowClass(
         block_m=chosen(cfg.block_m),
         block_n=chosen(cfg.block_n),
@@ -400,10 +390,16 @@ def _overlaps(sizes: PagedSizes) -> bool:
     return sizes.num_tokens >= _SHORT_TOKENS * sizes.num_seqs
 
 
-def is_decode_only(sizes: PagedSizes, query_dtype: Any) -> bool:
+def only_decodes(sizes: PagedSizes) -> bool:
+    """Whether all sequences of unified attention are decoding, going by how many tokens and sequences there are."""
+    num_seqs = max(1, sizes.num_seqs)
+    few_rows = num_seqs == 1 and sizes.num_tokens * sizes.group_size <= _MOST_DECODE_ROWS
+    return sizes.num_tokens <= num_seqs or few_rows
+
+
+def _is_decode_only(sizes: PagedSizes, query_dtype: Any) -> bool:
     """Whether unified attention runs all sequences as decoding."""
-    few_rows = sizes.num_seqs == 1 and sizes.num_tokens * sizes.group_size <= _MOST_DECODE_ROWS
-    return sizes.num_tokens <= sizes.num_seqs or few_rows or is_full_precision(query_dtype)
+    return only_decodes(sizes) or is_full_precision(query_dtype)
 
 
 def _undivided_if_full(rows: RowClass, sizes: PagedSizes, num_rows: int, device: Device) -> RowClass:

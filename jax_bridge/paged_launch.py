@@ -146,12 +146,16 @@ def work_bounds(rows: RowClass, sizes: PagedSizes, is_packed: bool, longest: int
         splits = min(max(1, rows.num_splits), key_tiles)
         shares = row_tiles * splits
     elif rows.even_splits:
+        # A split is about as long as an even share of the batch, which is counted in tiles of as many rows as in this
+        # class, or more: so its own row tiles make up no more than the whole.
         even_shares = programs_or_tickets
         splits = min(even_shares + 1, key_tiles // rows.min_tiles + 1)
         shares = min(even_shares + row_tiles, row_tiles * splits)
     else:
         shares = max(1, min(programs_or_tickets, row_tiles * math.ceil((key_tiles + 1) / rows.min_tiles)))
         splits = min(key_tiles, shares)
+    if row_tiles == 0:  # all tokens together have too few rows to belong here
+        splits = 1
     return Work(
         row_tiles=row_tiles,
         key_tiles=key_tiles,

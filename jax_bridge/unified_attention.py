@@ -109,8 +109,8 @@ def _triton_candidates(invocation: Invocation, device: Device) -> tuple[UnifiedA
 
 
 def _check_triton_cfg(invocation: Invocation, cfg: UnifiedAttentionConfig, device: Device) -> None:
-    is_decoding = paged_heuristics.is_decode_only(invocation.sizes, invocation.arrays["queries"].dtype)
-    hopper_launch.check(invocation, cfg, device, is_decoding=is_decoding)
+    if not paged_heuristics.only_decodes(invocation.sizes):
+        hopper_launch.check(invocation, cfg, device)
 
 
 class UnifiedAttention(Operation):

@@ -166,6 +166,16 @@ def test_calls_of_few_rows_take_the_other_kernel(num_tokens: int, num_seqs: int)
     assert Prompts(num_tokens=num_tokens, num_seqs=num_seqs).cfg().warp_specialized is False
 
 
+@pytest.mark.parametrize(("num_tokens", "num_seqs"), [(3, 2), (5, 2), (20, 2), (2, 0), (16, 0), (600, 0)])
+@pytest.mark.parametrize("fields", [{"warp_specialized": True}, {"num_par_softmax_segments": 3}], ids=str)
+def test_small_batches_that_ask_for_it(num_tokens: int, num_seqs: int, fields: dict[str, Any]) -> None:
+    """Where no sequence can have many rows, or there is none, as with any other kernel."""
+    prompts = Prompts(num_tokens=num_tokens, num_seqs=num_seqs, num_q_heads=8, num_kv_heads=8)
+    call = functools.partial(jax_bridge.unified_attention, kv_layout="PTHD", platform="triton")
+    launches = launches_of(call, *prompts.arrays, modules=(paged_launch,), cfg=UnifiedAttentionConfig(**fields))
+    assert launches
+
+
 @pytest.mark.parametrize(
     "fields",
     [
@@ -177,6 +187,7 @@ def test_calls_of_few_rows_take_the_other_kernel(num_tokens: int, num_seqs: int)
         {"decode_block_n": 64},
         {"decode_num_stages": 3},
         {"decode_programs_per_sm": 2},
+        {"decode_block_m": 256},
     ],
     ids=str,
 )
@@ -187,11 +198,12 @@ def test_tiles_that_are_fixed_are_those_of_the_other_kernel(fields: dict[str, in
 
 
 def test_where_all_is_decoding_it_has_no_part() -> None:
-    """Then a configuration that asks for it may fix the tiles that are taken."""
+    """Then a configuration that asks for it chooses as others do, and may fix the tiles that are taken."""
     decodes = Prompts(num_tokens=64, num_seqs=64)
-    plain = decodes.cfg(UnifiedAttentionConfig(decode_block_n=32))
-    cfg = UnifiedAttentionConfig(warp_specialized=True, decode_block_n=32)
-    assert decodes.cfg(cfg).decode_num_stages == plain.decode_num_stages
+    fields: dict[str, Any] = {"block_m": 64, "decode_block_n": 32, "decode_block_m": 256, "skip_masks": False}
+    cfg = UnifiedAttentionConfig(warp_specialized=True, **fields)
+    plain = decodes.cfg(UnifiedAttentionConfig(**fields))
+    assert decodes.cfg(cfg) == dataclasses.replace(plain, warp_specialized=True)
     launches = launches_of(
         jax_bridge.unified_attention, *decodes.arrays, modules=(paged_launch,), platform="triton", cfg=cfg,
         **decodes.keywords,

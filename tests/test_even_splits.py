@@ -8,12 +8,15 @@ from typing import Any
 import pytest
 
 from jax_bridge import paged_heuristics, paged_launch
+from jax_bridge.device import target_device
 from jax_bridge.paged_launch import RowClass, Work
 from tests import judge
 from tests.cases import Case
-from tests.implementations import ON_GPU, implementations_of, small_tiles
+from tests.implementations import ON_GPU, SMALL_DEVICE, implementations_of, small_tiles
 
-pytestmark = pytest.mark.skipif(ON_GPU, reason="the kernels on GPUs do the same with the tiles of a GPU")
+pytestmark = pytest.mark.skipif(
+    ON_GPU, reason="of the kernels on GPUs, only the one for Hopper cuts so: test_hopper.py"
+)
 
 OPERATION = "unified_attention"
 DECODES = Case(
@@ -58,6 +61,7 @@ def test_matches_float64(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(paged_heuristics, "unified_attention_classes", cut_evenly)
     monkeypatch.setattr(paged_launch, "work_bounds", record)
     call, expected, bounds = judge.problem(CASES[name])
-    bounds.check(TRITON(call, cfg=small_tiles(OPERATION)), expected)
+    with target_device(SMALL_DEVICE):  # with as few shares, most splits are of several KV tiles
+        bounds.check(TRITON(call, cfg=small_tiles(OPERATION)), expected)
     assert all(work.even_shares > 0 and work.splits > 1 for work in works)
     assert len(works) == (1 if call.case.query_lens == DECODES.query_lens else 2)

@@ -33,6 +33,7 @@ BASE = Case(
     leading_rows=1,
     trailing_rows=2,
 )
+LONG_DECODES = BASE.replace(query_lens=(1, 200, 4, 1, 0), kv_lens=(4000, 2500, 3000, 9, 7))
 CHUNK = BASE.replace(operation="prefill_page_attention", query_lens=(150,), leading_rows=0, trailing_rows=0)
 
 VARIANTS: dict[str, Case] = {
@@ -74,6 +75,10 @@ VARIANTS: dict[str, Case] = {
         num_kv_heads=1, head_dim=64, query_lens=(17,) * 128, kv_lens=(30,) * 128, page_size=1024, table_slack=512
     ),
     "longer_rows_than_keys": BASE.replace(query_lens=(60, 40), kv_lens=(30, 90)),
+    "long_decodes": LONG_DECODES,
+    "long_decodes_window": LONG_DECODES.replace(window=1500),
+    "long_decodes_sinks_lse": LONG_DECODES.replace(sinks=1, return_lse=True),
+    "long_decodes_d64": LONG_DECODES.replace(head_dim=64, page_size=64),
     "chunk": CHUNK.replace(kv_lens=(700,)),
     "chunk_window_sinks": CHUNK.replace(kv_lens=(700,), window=130, sinks=1, return_lse=True),
     "long_chunk": CHUNK.replace(kv_lens=(3000,), query_lens=(40,)),
@@ -109,7 +114,9 @@ def test_matches_float64(variant: str) -> None:
     check(VARIANTS[variant])
 
 
-@pytest.mark.parametrize("variant", ["plain", "d64", "window", "window_with_a_middle", "sinks_lse", "chunk"])
+@pytest.mark.parametrize(
+    "variant", ["plain", "d64", "window", "window_with_a_middle", "sinks_lse", "long_decodes_sinks_lse", "chunk"]
+)
 def test_split_keys(variant: str) -> None:
     check(VARIANTS[variant], **SPLITS[VARIANTS[variant].operation])
 
@@ -121,7 +128,7 @@ def test_balanced_keys(variant: str) -> None:
 
 
 @pytest.mark.parametrize("num_stages", [1, 2, 3, 4])
-@pytest.mark.parametrize("variant", ["plain", "everything", "many_sequences", "chunk"])
+@pytest.mark.parametrize("variant", ["plain", "everything", "many_sequences", "long_decodes", "chunk"])
 def test_few_multiprocessors_take_many_turns(variant: str, num_stages: int) -> None:
     with target_device(SMALL_DEVICE):
         check(VARIANTS[variant], num_stages=num_stages, block_n=64)
@@ -132,9 +139,15 @@ def test_other_tiles(block_n: int) -> None:
     check(VARIANTS["everything"], block_n=block_n, num_stages=1)
 
 
-def test_answers_repeat() -> None:
+@pytest.mark.parametrize("block_m", [8, 64, 128])
+def test_other_bounds_of_decoding(block_m: int) -> None:
+    check(VARIANTS["long_decodes"], decode_block_m=block_m)
+
+
+@pytest.mark.parametrize("variant", ["many_sequences", "long_decodes"])
+def test_answers_repeat(variant: str) -> None:
     """A thousand calls in a program, each of the same bits: barriers that let a warp through early would show."""
-    call = build(VARIANTS["many_sequences"])
+    call = build(VARIANTS[variant])
     arrays, keywords = arguments(call)
     cfg = configured(call.operation)
     first = kernel(call.operation).raw(call, cfg=cfg)

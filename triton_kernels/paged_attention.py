@@ -367,8 +367,8 @@ def paged_attention_kernel(
     ticket_ptr,  # a zero, or None
     out_ptr,  # [T, Hq, Dv]
     lse_ptr,  # [T, Hq] or None
-    partial_out_ptr,  # [partials, BLOCK_M, Dv] float32, or None where no keys are split
-    partial_lse_ptr,  # [partials, BLOCK_M] float32, base 2, or None
+    partial_out_ptr,  # [rows of all partial results, Dv] float32, or None where no keys are split
+    partial_lse_ptr,  # [rows of all partial results] float32, base 2, or None
     K_SCALE_STRIDE: tl.constexpr,
     V_SCALE_STRIDE: tl.constexpr,
     QUERIES: tl.constexpr,
@@ -426,8 +426,8 @@ def mixed_paged_attention_kernel(
     ticket_ptr,  # a zero, or None
     out_ptr,  # [T, Hq, Dv]
     lse_ptr,  # [T, Hq] or None
-    partial_out_ptr,  # [partials, BLOCK_M, Dv] float32, or None where no keys are split
-    partial_lse_ptr,  # [partials, BLOCK_M] float32, base 2, or None
+    partial_out_ptr,  # [rows of all partial results, Dv] float32, or None where no keys are split
+    partial_lse_ptr,  # [rows of all partial results] float32, base 2, or None
     K_SCALE_STRIDE: tl.constexpr,
     V_SCALE_STRIDE: tl.constexpr,
     QUERIES: tl.constexpr,

@@ -117,7 +117,8 @@ def measure_splits(
         row_tiles = tl.cdiv(num_tokens * QUERIES.group_size, SCHEDULE.even_splits.block_m)
         total += row_tiles.to(SCHEDULE.line_type) * key_tiles
     even_length = tl.cdiv(tl.sum(total), SCHEDULE.even_splits.num_shares)
-    return tl.maximum(even_length, SCHEDULE.min_tiles).to(tl.int32)
+    # Splits of twice the longest row tile and more cut nothing, and nonsense makes no number that 32 bits do not hold.
+    return tl.minimum(tl.maximum(even_length, SCHEDULE.min_tiles), 2 * SCHEDULE.most_tiles).to(tl.int32)
 
 
 @triton.jit

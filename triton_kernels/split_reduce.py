@@ -43,8 +43,8 @@ def merge_partials(
     kv_head,
     rows,  # [BLOCK_ROWS] rows of the tile
     row_mask,  # [BLOCK_ROWS]
-    partial_out_ptr,  # [partials, BLOCK_M, Dv] float32
-    partial_lse_ptr,  # [partials, BLOCK_M] float32, base 2
+    partial_out_ptr,  # [rows of all partial results, Dv] float32
+    partial_lse_ptr,  # [rows of all partial results] float32, base 2
     QUERIES: tl.constexpr,
     TILE: tl.constexpr,
     SCHEDULE: tl.constexpr,
@@ -149,8 +149,8 @@ def split_reduce_kernel(
     begins_ptr,  # [S] first keys, or None
     sink_ptr,  # [Hq] or None
     v_scale_ptr,  # [1] or [Hkv] or None
-    partial_out_ptr,  # [partials, BLOCK_M, Dv] float32
-    partial_lse_ptr,  # [partials, BLOCK_M] float32, base 2
+    partial_out_ptr,  # [rows of all partial results, Dv] float32
+    partial_lse_ptr,  # [rows of all partial results] float32, base 2
     out_ptr,  # [T, Hq, Dv]
     lse_ptr,  # [T, Hq] or None
     V_SCALE_STRIDE: tl.constexpr,
