@@ -21,7 +21,7 @@ import numpy.typing as npt
 from jax import Array, lax
 
 from bench.serving_engine import Engine, HostStep
-from bench.serving_model import ModelConfig, Weights
+from bench.serving_model import LayerWeights, ModelConfig, Weights
 from bench.serving_scheduler import Request, RequestState, Scheduler
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -359,7 +359,7 @@ def _dense_hidden(weights: Weights, tokens: Array, *, config: ModelConfig, dtype
         scores = jnp.where(visible, dot("qd,kd->qk", query, key) / config.head_dim**0.5, -jnp.inf)
         return dot("qk,kd->qd", jax.nn.softmax(scores), value).astype(dtype)
 
-    def run_layer(hidden: Array, layer: tuple[Array, ...]) -> tuple[Array, None]:
+    def run_layer(hidden: Array, layer: LayerWeights) -> Array:
         (attention_gain, to_query, to_key, to_value, to_hidden, mlp_gain, to_gate, to_up, to_down) = (
             array.astype(dtype) for array in layer
         )
@@ -373,7 +373,7 @@ def _dense_hidden(weights: Weights, tokens: Array, *, config: ModelConfig, dtype
         hidden = hidden + dot("tx,xh->th", attended, to_hidden)
         rows = normalise(hidden, mlp_gain)
         gate = dot("th,hi->ti", rows, to_gate)
-        return hidden + dot("ti,ih->th", gate * jax.nn.sigmoid(gate) * dot("th,hi->ti", rows, to_up), to_down), None
+        return hidden + dot("ti,ih->th", gate * jax.nn.sigmoid(gate) * dot("th,hi->ti", rows, to_up), to_down)
 
-    hidden, _ = lax.scan(run_layer, weights.embedding[tokens].astype(dtype), tuple(weights.layers))
+    hidden = functools.reduce(run_layer, weights.layers, weights.embedding[tokens].astype(dtype))
     return normalise(hidden, weights.final_norm.astype(dtype))

@@ -59,7 +59,7 @@ class ModelConfig:
 
 
 class LayerWeights(NamedTuple):
-    """Weights of all layers, stacked along a leading axis of length `layers`."""
+    """Weights of one layer, arrays of their own: XLA would copy the part of an array of all layers before each use."""
 
     attention_norm: Array  # [hidden]
     query: Array  # [hidden, Hq * D]
@@ -74,7 +74,7 @@ class LayerWeights(NamedTuple):
 
 class Weights(NamedTuple):
     embedding: Array  # [vocabulary, hidden]
-    layers: LayerWeights
+    layers: tuple[LayerWeights, ...]
     final_norm: Array  # [hidden]
     unembedding: Array  # [hidden, vocabulary]
 
@@ -118,32 +118,38 @@ class StepProbe(NamedTuple):
 def init_weights(config: ModelConfig, seed: int) -> Weights:
     """Random weights that keep activations and logits near unit size."""
 
-    def build(key: Array) -> Weights:
-        keys = iter(jax.random.split(key, 9))
+    def normal(key: Array, *shape: int, fan_in: int) -> Array:
+        return (jax.random.normal(key, shape, jnp.float32) / fan_in**0.5).astype(config.dtype)
 
-        def normal(*shape: int, fan_in: int) -> Array:
-            return (jax.random.normal(next(keys), shape, jnp.float32) / fan_in**0.5).astype(config.dtype)
+    hidden, intermediate = config.hidden, config.intermediate
+    query_width, kv_width = config.heads * config.head_dim, config.kv_heads * config.head_dim
 
-        layers, hidden, intermediate = config.layers, config.hidden, config.intermediate
-        query_width, kv_width = config.heads * config.head_dim, config.kv_heads * config.head_dim
-        return Weights(
-            embedding=normal(config.vocabulary, hidden, fan_in=1),
-            layers=LayerWeights(
-                attention_norm=jnp.ones((layers, hidden), config.dtype),
-                query=normal(layers, hidden, query_width, fan_in=hidden),
-                key=normal(layers, hidden, kv_width, fan_in=hidden),
-                value=normal(layers, hidden, kv_width, fan_in=hidden),
-                output=normal(layers, query_width, hidden, fan_in=query_width),
-                mlp_norm=jnp.ones((layers, hidden), config.dtype),
-                gate=normal(layers, hidden, intermediate, fan_in=hidden),
-                up=normal(layers, hidden, intermediate, fan_in=hidden),
-                down=normal(layers, intermediate, hidden, fan_in=intermediate),
-            ),
-            final_norm=jnp.ones((hidden,), config.dtype),
-            unembedding=normal(hidden, config.vocabulary, fan_in=hidden),
+    @jax.jit
+    def build_layer(key: Array) -> LayerWeights:
+        keys = iter(jax.random.split(key, 7))
+        return LayerWeights(
+            attention_norm=jnp.ones((hidden,), config.dtype),
+            query=normal(next(keys), hidden, query_width, fan_in=hidden),
+            key=normal(next(keys), hidden, kv_width, fan_in=hidden),
+            value=normal(next(keys), hidden, kv_width, fan_in=hidden),
+            output=normal(next(keys), query_width, hidden, fan_in=query_width),
+            mlp_norm=jnp.ones((hidden,), config.dtype),
+            gate=normal(next(keys), hidden, intermediate, fan_in=hidden),
+            up=normal(next(keys), hidden, intermediate, fan_in=hidden),
+            down=normal(next(keys), intermediate, hidden, fan_in=intermediate),
         )
 
-    return jax.jit(build)(jax.random.key(seed, impl="rbg"))  # this generator compiles in a fraction of the time
+    @jax.jit
+    def build_ends(key: Array) -> tuple[Array, Array]:
+        first, last = jax.random.split(key)
+        shape = (config.vocabulary, hidden)
+        return normal(first, *shape, fan_in=1), normal(last, *shape[::-1], fan_in=hidden)
+
+    # This generator compiles in a fraction of the time.
+    key, *keys = jax.random.split(jax.random.key(seed, impl="rbg"), 1 + config.layers)
+    embedding, unembedding = build_ends(key)
+    layers = tuple(build_layer(key) for key in keys)
+    return Weights(embedding, layers, jnp.ones((hidden,), config.dtype), unembedding)
 
 
 def init_caches(config: ModelConfig, num_pages: int, page_size: int, kv_layout: str = KV_LAYOUT) -> Caches:
@@ -235,11 +241,7 @@ def _run_layers[Observed](
     """Caches, the last hidden state, and what `observe` makes of each layer's attention queries and outputs."""
     pages, page_size = _pages_of_a_layer(caches, config, attention)
 
-    def run_layer(
-        carry: tuple[Array, Caches], layer: tuple[LayerWeights, Array]
-    ) -> tuple[tuple[Array, Caches], Observed]:
-        hidden, caches = carry
-        weights, index = layer
+    def run_layer(weights: LayerWeights, index: int, hidden: Array, caches: Caches) -> tuple[Array, Caches, Observed]:
         here = shift_to_layer(inputs, index, pages, page_size)
         normed = _rms_norm(hidden, weights.attention_norm, config.norm_epsilon)
         queries = _rotate(_split_heads(_project(normed, weights.query), config.heads), here.positions, config.rope_base)
@@ -253,11 +255,13 @@ def _run_layers[Observed](
         normed = _rms_norm(hidden, weights.mlp_norm, config.norm_epsilon)
         gated = jax.nn.silu(_project(normed, weights.gate)) * _project(normed, weights.up)
         hidden = hidden + _project(gated, weights.down)
-        return (hidden, caches), observe(queries, attended)
+        return hidden, caches, observe(queries, attended)
 
-    layers = (weights.layers, jnp.arange(config.layers, dtype=jnp.int32))
-    (hidden, caches), probes = lax.scan(run_layer, (weights.embedding[inputs.tokens], caches), layers)
-    return caches, hidden, probes
+    hidden, observed = weights.embedding[inputs.tokens], []
+    for index, layer in enumerate(weights.layers):
+        hidden, caches, seen = run_layer(layer, index, hidden, caches)
+        observed.append(seen)
+    return caches, hidden, jax.tree.map(lambda *arrays: jnp.stack(arrays), *observed)
 
 
 def _project(rows: Array, matrix: Array) -> Array:
