@@ -71,6 +71,7 @@ SAMPLED = {
     r"test_properties\.py.*ragged_decode_attention\[triton\]": 3,
     r"test_nvidia\[ragged": 2,
     r"test_packed_properties": 4,
+    r"test_hopper_interpreted": 2,
     r"test_compile_tpu\.py::(?!test_variant_compiles)": 3,
     r"test_compile_attention": 2,
     r"test_packed_on_nvidia": 2,

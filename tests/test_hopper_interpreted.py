@@ -1,0 +1,136 @@
+"""The kernel for Hopper without a GPU: its answers, and that missing waits would show."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import jax_bridge
+from jax_bridge.device import target_device
+from tests import judge
+from tests.cases import Case
+from tests.implementations import ON_GPU, SMALL_DEVICE, implementations_of
+
+pytestmark = pytest.mark.skipif(
+    ON_GPU or importlib.util.find_spec("triton") is None, reason="runs in Triton's interpreter"
+)
+
+DEVICE = dataclasses.replace(SMALL_DEVICE, num_sms=6)  # so many that row tiles of several KV tiles are cut
+MIXED = Case(
+    name="hopper_interpreted",
+    operation="unified_attention",
+    num_q_heads=4,
+    num_kv_heads=2,
+    head_dim=64,
+    dtype="bfloat16",
+    query_lens=(1, 40, 0, 3),
+    kv_lens=(230, 170, 9, 20),
+    leading_rows=1,
+    trailing_rows=2,
+)
+PROMPT = MIXED.replace(query_lens=(100,), kv_lens=(130,), leading_rows=0, trailing_rows=0)
+CHUNK = PROMPT.replace(operation="prefill_page_attention", query_lens=(20,), kv_lens=(230,))
+CASES: dict[str, tuple[Case, dict[str, Any]]] = {
+    "mixed": (MIXED, {}),
+    "mixed_one_slot": (MIXED, {"num_stages": 1}),
+    "mixed_split_often": (MIXED, {"min_tiles_per_split": 1, "num_stages": 4}),
+    "mixed_window": (MIXED.replace(window=50), {}),
+    "mixed_both_ways": (MIXED.replace(window=(40, 9), causal=False, page_size=8), {}),
+    "mixed_everything": (MIXED.replace(window=(60, 0), soft_cap=20.0, sinks=1, return_lse=True), {}),
+    "mixed_forced_splits": (MIXED.replace(return_lse=True), {"num_par_softmax_segments": 3}),
+    "long_pages": (MIXED.replace(page_size=64, kv_layout="PHTD"), {}),
+    "heads_outside": (MIXED.replace(kv_layout="HPTD", dtype="float16", spare_pages=30), {}),
+    "groups_of_three": (MIXED.replace(num_q_heads=6, kv_scale="head"), {}),
+    "prompt": (PROMPT, {}),
+    "prompt_window": (PROMPT.replace(window=40, sinks=1), {"num_stages": 3}),
+    "chunk_in_shares": (CHUNK.replace(return_lse=True), {"min_tiles_per_split": 1}),
+}
+(UNIFIED,) = (row for row in implementations_of("unified_attention") if row.platform == "triton")
+(PREFILL,) = (row for row in implementations_of("prefill_page_attention") if row.platform == "triton")
+
+
+def check(name: str, **how: Any) -> None:
+    """Holds the answer of the kernel to float64, with tiles of 32 keys on a device of few multiprocessors."""
+    from tests.gluon_interpreter import interpreted
+
+    case, fields = CASES[name]
+    row = UNIFIED if case.operation == "unified_attention" else PREFILL
+    config: Any = jax_bridge.UnifiedAttentionConfig if row is UNIFIED else jax_bridge.PrefillPageAttentionConfig
+    call, expected, bounds = judge.problem(case)
+    with target_device(DEVICE), interpreted(**how):
+        got = row(call, cfg=config(**({"warp_specialized": True, "block_n": 32, "num_stages": 2} | fields)))
+    bounds.check(got, expected)
+
+
+@pytest.mark.parametrize("is_eager", [True, False], ids=["eager", "lazy"])
+@pytest.mark.parametrize("name", CASES)
+def test_matches_float64(name: str, is_eager: bool) -> None:
+    check(name, is_eager=is_eager)
+
+
+_FIRST_CLEAN = "clean(v_ring.index(slot), begin, key_begin, key_end, BOX)"
+_LAST_CLEAN = "clean(v_ring.index(slot), begin + (num_tiles - 1) * block_n, key_begin, key_end, BOX)"
+_SCORES = "products = warpgroup_mma_wait(1, deps=[products])"
+_VALUES = "acc, weights = warpgroup_mma_wait(0, deps=[acc, weights])\n    "
+_GIVE_BACK = "mbarrier.arrive(v_empty.index(before), count=1)\n    "
+
+BUGS: dict[str, tuple[str, str, str]] = {
+    "values_behind_the_end_not_cleaned": ("mixed", _LAST_CLEAN, "pass"),
+    "values_before_the_window_not_cleaned": ("mixed_window", _FIRST_CLEAN, "pass"),
+    "keys_fetched_into_a_slot_in_use": ("mixed", "mbarrier.wait(k_empty.index(slot), parity ^ 1)", "pass"),
+    "values_fetched_into_a_slot_in_use": ("mixed", "mbarrier.wait(v_empty.index(slot), parity ^ 1)", "pass"),
+    "scores_of_keys_that_are_not_there": (
+        "mixed",
+        "mbarrier.wait(k_full.index(slot), parity)\n    products",
+        "products",
+    ),
+    "values_used_that_are_not_there": (
+        "mixed",
+        "mbarrier.wait(v_full.index(before), parity_before)\n    acc",
+        "acc",
+    ),
+    "scores_used_that_are_not_there": ("mixed", _SCORES, "pass"),
+    "slot_given_back_before_its_values_are_used": ("mixed", _VALUES + _GIVE_BACK, _GIVE_BACK + _VALUES),
+    "queries_of_the_part_before": ("prompt", "async_copy.wait_group(0)", "pass"),
+    "part_announced_over_one_that_nobody_read": (
+        "mixed_split_often",
+        "mbarrier.wait(empty.index(slot), parity ^ 1)\n    for number",
+        "for number",
+    ),
+    "tile_that_passes_not_given_back": (
+        "mixed",
+        "mbarrier.wait(k_full.index(slot), parity)\n    mbarrier.arrive(k_empty.index(slot), count=1)\n",
+        "pass\n",
+    ),
+    "one_counter_for_both_kinds": ("mixed", "take_ticket(tickets_ptr + 1)", "take_ticket(tickets_ptr)"),
+    "partial_results_one_row_apart": ("mixed_split_often", "kv_head) * TILE.block_m\n", "kv_head)\n"),
+    "keys_of_the_first_head": ("mixed", "kv_head * (CACHE.k_head_stride % CACHE.k_token_stride)", "kv_head * 0"),
+    "whole_tiles_end_late": ("mixed", "gl.minimum(whole_end, key_end) - begin", "key_end - begin"),
+    "parity_of_the_first_turn": ("mixed", "number // RING & 1", "number * 0"),
+}
+"""Case, and what is replaced by what in the kernel's text."""
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_bug_is_caught(bug: str, tmp_path: Path) -> None:
+    """By the answers where copies and products come at once, or by those where they come late, or nothing goes on."""
+    from tests.gluon_interpreter import KERNEL
+
+    case, right, wrong = BUGS[bug]
+    text = KERNEL.read_text()
+    assert text.count(right) == 1
+    source = tmp_path / f"{bug}.py"
+    source.write_text(text.replace(right, wrong))
+
+    def is_wrong(**how: Any) -> bool:
+        try:
+            check(case, source=source, **how)
+        except Exception:
+            return True
+        return False
+
+    assert any(is_wrong(is_eager=is_eager, seed=seed) for seed in range(3) for is_eager in (True, False))
