@@ -403,7 +403,7 @@ def interpreted(*, is_eager: bool, seed: int = 0, source: Path = KERNEL) -> Iter
     with contextlib.ExitStack() as stack:
         for bridge in (hopper_launch, paged_launch):
             stack.enter_context(mock.patch.object(bridge, "kernels", kernels))
-        stack.enter_context(mock.patch.object(hopper_launch, "lacks_gluon", lambda: None))
+        stack.enter_context(mock.patch.object(hopper_launch, "lacks_gluon", return_value=None))
         stack.enter_context(mock.patch.object(hopper_launch, "descriptor", matrix))
         stack.enter_context(mock.patch.object(tl.block_type, "layout", LAYOUT, create=True))
         stack.callback(jax.clear_caches)  # traces that would launch this kernel again

@@ -8,18 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import jax_bridge
 from jax_bridge.device import target_device
-from tests import judge
+from tests import judge, strategies, tolerances
 from tests.cases import Case
+from tests.dense_form import Result
 from tests.implementations import ON_GPU, SMALL_DEVICE, implementations_of
+from tests.inputs import Call, build
 
 pytestmark = pytest.mark.skipif(
     ON_GPU or importlib.util.find_spec("triton") is None, reason="runs in Triton's interpreter"
 )
 
-DEVICE = dataclasses.replace(SMALL_DEVICE, num_sms=6)  # so many that row tiles of several KV tiles are cut
 MIXED = Case(
     name="hopper_interpreted",
     operation="unified_attention",
@@ -53,23 +56,74 @@ CASES: dict[str, tuple[Case, dict[str, Any]]] = {
 (PREFILL,) = (row for row in implementations_of("prefill_page_attention") if row.platform == "triton")
 
 
-def check(name: str, **how: Any) -> None:
-    """Holds the answer of the kernel to float64, with tiles of 32 keys on a device of few multiprocessors."""
+def answer(call: Call, fields: dict[str, Any], num_sms: int, **how: Any) -> Result:
+    """What the kernel answers, with tiles of 32 keys unless others are asked for."""
     from tests.gluon_interpreter import interpreted
 
-    case, fields = CASES[name]
-    row = UNIFIED if case.operation == "unified_attention" else PREFILL
+    row = UNIFIED if call.operation == "unified_attention" else PREFILL
     config: Any = jax_bridge.UnifiedAttentionConfig if row is UNIFIED else jax_bridge.PrefillPageAttentionConfig
+    cfg = config(**({"warp_specialized": True, "block_n": 32, "num_stages": 2} | fields))
+    with target_device(dataclasses.replace(SMALL_DEVICE, num_sms=num_sms)), interpreted(**how):
+        return row(call, cfg=cfg)
+
+
+def check(name: str, **how: Any) -> None:
+    """Holds the answer to float64, on a device of so many multiprocessors that long row tiles are cut."""
+    case, fields = CASES[name]
     call, expected, bounds = judge.problem(case)
-    with target_device(DEVICE), interpreted(**how):
-        got = row(call, cfg=config(**({"warp_specialized": True, "block_n": 32, "num_stages": 2} | fields)))
-    bounds.check(got, expected)
+    bounds.check(answer(call, fields, num_sms=6, **how), expected)
 
 
 @pytest.mark.parametrize("is_eager", [True, False], ids=["eager", "lazy"])
 @pytest.mark.parametrize("name", CASES)
 def test_matches_float64(name: str, is_eager: bool) -> None:
     check(name, is_eager=is_eager)
+
+
+@st.composite
+def served(draw: st.DrawFn) -> Case:
+    """A case that the kernel serves."""
+    operation = draw(st.sampled_from(("unified_attention", "unified_attention", "prefill_page_attention")))
+    return draw(strategies.cases(operation)).replace(
+        head_dim=64,
+        value_head_dim=None,
+        dtype=draw(st.sampled_from(("bfloat16", "float16"))),
+        cache_dtype=None,
+        kv_scale=draw(st.sampled_from(("none", "none", "head"))),
+        page_size=draw(st.sampled_from((8, 16, 32, 64))),
+        alibi=False,
+        qq_bias=0,
+    )
+
+
+@given(
+    case=served(),
+    tile=st.fixed_dictionaries({"block_n": st.sampled_from((16, 32, 64)), "num_stages": st.integers(1, 4)}),
+    shares=st.fixed_dictionaries({}, optional={"min_tiles_per_split": st.integers(1, 3)}),
+    decode_block_m=st.sampled_from((None, 8, 32, 128)),
+    forced=st.sampled_from((None, None, 2, 5)),
+    num_sms=st.integers(1, 8),
+    is_eager=st.booleans(),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_problems_that_nobody_chose(
+    case: Case,
+    tile: dict[str, int],
+    shares: dict[str, int],
+    decode_block_m: int | None,
+    forced: int | None,
+    num_sms: int,
+    is_eager: bool,
+    seed: int,
+) -> None:
+    call = build(case, seed)
+    expected = judge.truth(call)
+    if case.operation == "unified_attention":
+        fields = {"decode_block_m": decode_block_m, "num_par_softmax_segments": forced}
+    else:
+        fields = {"num_splits": forced}
+    got = answer(call, tile | shares | fields, num_sms, is_eager=is_eager, seed=seed)
+    tolerances.calibrate(call, expected).check(got, expected)
 
 
 _FIRST_CLEAN = "clean(v_ring.index(slot), begin, key_begin, key_end, BOX)"
