@@ -276,8 +276,18 @@ def specializes_warps(arrays: Mapping[str, Any], sizes: PagedSizes, device: Devi
     else:
         row_tiles = rows // hopper_launch.TILE_ROWS * sizes.num_kv_heads
         is_worth_it = sizes.num_tokens >= _SPECIALIZED_TOKENS * sizes.num_seqs and 2 * row_tiles >= device.num_sms
-    is_prefill = not _is_decode_only(sizes, hopper_launch.queries_of(arrays).dtype)
-    return is_worth_it and is_prefill and hopper_launch.lacks(arrays, sizes, device) is None
+    return is_worth_it and not only_decodes(sizes) and hopper_launch.lacks(arrays, sizes, device) is None
+
+
+def configuration(
+    choose: Callable[..., Any], invocation: Any, device: Device, warp_specialized: bool | None = None
+) -> Any:
+    """What `choose` makes of a call, with specialised warps where these are faster, or as is demanded."""
+    arrays, sizes = invocation.arrays, invocation.sizes
+    if warp_specialized is None:
+        warp_specialized = specializes_warps(arrays, sizes, device)
+    query_dtype, cache_dtype = hopper_launch.queries_of(arrays).dtype, arrays["key_cache"].dtype
+    return choose(sizes, query_dtype, cache_dtype, device, warp_specialized=warp_specialized)
 
 
 def heuristics_of_both_kernels(heuristics: Callable[..., Any], invocation: Any, device: Device) -> tuple[Any, ...]:

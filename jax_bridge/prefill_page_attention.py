@@ -1,5 +1,6 @@
 """Attention of one chunk of one sequence over its pages: chunked prefill."""
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -71,15 +72,7 @@ def _triton_lacks(invocation: Invocation) -> str | None:
     return paged_launch.lacks(invocation.sizes, invocation.arrays["key_cache"].dtype)
 
 
-def _triton_heuristics(
-    invocation: Invocation, device: Device, warp_specialized: bool | None = None
-) -> PrefillPageAttentionConfig:
-    arrays, sizes = invocation.arrays, invocation.sizes
-    if warp_specialized is None:
-        warp_specialized = paged_heuristics.specializes_warps(arrays, sizes, device)
-    return paged_heuristics.prefill_page_attention_config(
-        sizes, arrays["query"].dtype, arrays["key_cache"].dtype, device, warp_specialized=warp_specialized
-    )
+_triton_heuristics = functools.partial(paged_heuristics.configuration, paged_heuristics.prefill_page_attention_config)
 
 
 def _triton_candidates(invocation: Invocation, device: Device) -> tuple[PrefillPageAttentionConfig, ...]:

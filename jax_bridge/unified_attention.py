@@ -1,6 +1,7 @@
 """Attention of packed sequences, decoding and prefilling at once, over a paged KV cache."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -86,15 +87,7 @@ def _triton_lacks(invocation: Invocation) -> str | None:
     return paged_launch.lacks(invocation.sizes, invocation.arrays["key_cache"].dtype)
 
 
-def _triton_heuristics(
-    invocation: Invocation, device: Device, warp_specialized: bool | None = None
-) -> UnifiedAttentionConfig:
-    arrays, sizes = invocation.arrays, invocation.sizes
-    if warp_specialized is None:
-        warp_specialized = paged_heuristics.specializes_warps(arrays, sizes, device)
-    return paged_heuristics.unified_attention_config(
-        sizes, arrays["queries"].dtype, arrays["key_cache"].dtype, device, warp_specialized=warp_specialized
-    )
+_triton_heuristics = functools.partial(paged_heuristics.configuration, paged_heuristics.unified_attention_config)
 
 
 def _triton_candidates(invocation: Invocation, device: Device) -> tuple[UnifiedAttentionConfig, ...]:

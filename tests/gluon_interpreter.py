@@ -213,9 +213,11 @@ def _language(threads: Threads) -> dict[str, types.ModuleType]:
             queue.append(action)
 
     def wait(barrier: Barrier, parity: Any) -> None:
-        parity = _number(parity)
-        barrier.finish_copies()
-        threads.wait(lambda: bool(barrier.finish_copies()) or barrier.phase % 2 != parity)
+        def is_over() -> bool:
+            barrier.finish_copies()
+            return barrier.phase % 2 != _number(parity)
+
+        threads.wait(is_over)
 
     def initialise(barrier: Barrier, count: Any) -> None:
         barrier.count = barrier.missing = _number(count)

@@ -19,6 +19,7 @@ import pytest
 
 import jax_bridge
 from jax_bridge.device import Device
+from jax_bridge.registry import OPERATIONS as OBJECTS
 from tests import tpu_interpreter
 from tests.cases import OPERATIONS
 from tests.dense_form import Result
@@ -75,6 +76,12 @@ def small_tiles(operation: str, **fields: Any) -> Any:
     }[operation]
     made = config_type(**(SMALL_TILES[operation] | fields))
     return jax_bridge.RaggedDecodeAttentionConfig(made) if isinstance(made, jax_bridge.FwdParams) else made
+
+
+def specialized(operation: str, **fields: Any) -> Any:
+    """A configuration that asks for specialised warps."""
+    config_type: Any = OBJECTS[operation].config_type
+    return config_type(warp_specialized=True, **fields)
 
 
 @dataclass(frozen=True)
@@ -186,6 +193,11 @@ CACHE_PLATFORMS: tuple[str, ...] = ("xla", "triton") if importlib.util.find_spec
 
 HAS_KERNEL = any(row.platform == "triton" and row.runs_here() for row in IMPLEMENTATIONS)
 """Whether there is Triton."""
+
+
+def kernel_of(operation: str) -> Implementation:
+    """The row of the Triton kernel, where there is Triton."""
+    return next(row for row in implementations_of(operation) if row.platform == "triton")
 
 
 def implementations_of(*operations: str) -> tuple[Implementation, ...]:

@@ -12,10 +12,10 @@ from jax_bridge.device import target_device
 from jax_bridge.paged_launch import RowClass, Work
 from tests import judge
 from tests.cases import Case
-from tests.implementations import ON_GPU, SMALL_DEVICE, implementations_of, small_tiles
+from tests.implementations import HAS_KERNEL, ON_GPU, SMALL_DEVICE, kernel_of, small_tiles
 
 pytestmark = pytest.mark.skipif(
-    ON_GPU, reason="of the kernels on GPUs, only the one for Hopper cuts so: test_hopper.py"
+    ON_GPU or not HAS_KERNEL, reason="of the kernels on GPUs, only the one for Hopper cuts so: test_hopper.py"
 )
 
 OPERATION = "unified_attention"
@@ -38,7 +38,6 @@ CASES = {
     "mixed": DECODES.replace(dtype="bfloat16", query_lens=(1, 40, 1, 2, 17), kv_lens=(300, 150, 20, 64, 17)),
     "padding": DECODES.replace(dtype="bfloat16", query_lens=(1, 40, 1), kv_lens=(300, 150, 20), leading_rows=3),
 }
-(TRITON,) = (row for row in implementations_of(OPERATION) if row.platform == "triton")
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -62,6 +61,6 @@ def test_matches_float64(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(paged_launch, "work_bounds", record)
     call, expected, bounds = judge.problem(CASES[name])
     with target_device(SMALL_DEVICE):  # with as few shares, most splits are of several KV tiles
-        bounds.check(TRITON(call, cfg=small_tiles(OPERATION)), expected)
+        bounds.check(kernel_of(OPERATION)(call, cfg=small_tiles(OPERATION)), expected)
     assert all(work.even_shares > 0 and work.splits > 1 for work in works)
     assert len(works) == (1 if call.case.query_lens == DECODES.query_lens else 2)

@@ -10,10 +10,9 @@ import pytest
 
 import jax_bridge
 from jax_bridge.device import current_device, target_device
-from jax_bridge.registry import OPERATIONS as OBJECTS
 from tests import judge
 from tests.cases import Case
-from tests.implementations import SMALL_DEVICE, Implementation, arguments, implementations_of
+from tests.implementations import SMALL_DEVICE, arguments, kernel_of, specialized
 from tests.inputs import build
 
 pytestmark = [
@@ -92,21 +91,10 @@ SPLITS: dict[str, dict[str, Any]] = {
 }
 
 
-def configured(operation: str, **fields: Any) -> Any:
-    """A configuration that asks for specialised warps."""
-    config_type: Any = OBJECTS[operation].config_type
-    return config_type(warp_specialized=True, **fields)
-
-
-def kernel(operation: str) -> Implementation:
-    return next(row for row in implementations_of(operation) if row.platform == "triton")
-
-
 def check(case: Case, **fields: Any) -> None:
     """Holds the answer of the kernel to float64."""
     call, expected, bounds = judge.problem(case)
-    row = kernel(case.operation)
-    bounds.check(row(call, cfg=configured(case.operation, **fields)), expected)
+    bounds.check(kernel_of(case.operation)(call, cfg=specialized(case.operation, **fields)), expected)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -149,8 +137,8 @@ def test_answers_repeat(variant: str) -> None:
     """A thousand calls in a program, each of the same bits: barriers that let a warp through early would show."""
     call = build(VARIANTS[variant])
     arrays, keywords = arguments(call)
-    cfg = configured(call.operation)
-    first = kernel(call.operation).raw(call, cfg=cfg)
+    cfg = specialized(call.operation)
+    first = kernel_of(call.operation).raw(call, cfg=cfg)
 
     def worst_difference(*arrays: Any) -> jax.Array:
         def again(_: Any, worst: jax.Array) -> jax.Array:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import jax_bridge
 from jax_bridge.device import target_device
 from tests import judge, strategies, tolerances
 from tests.cases import Case
 from tests.dense_form import Result
-from tests.implementations import ON_GPU, SMALL_DEVICE, implementations_of
+from tests.implementations import HAS_KERNEL, ON_GPU, SMALL_DEVICE, kernel_of, specialized
 from tests.inputs import Call, build
 
-pytestmark = pytest.mark.skipif(
-    ON_GPU or importlib.util.find_spec("triton") is None, reason="runs in Triton's interpreter"
-)
+pytestmark = pytest.mark.skipif(ON_GPU or not HAS_KERNEL, reason="runs in Triton's interpreter")
 
 MIXED = Case(
     name="hopper_interpreted",
@@ -52,19 +48,15 @@ CASES: dict[str, tuple[Case, dict[str, Any]]] = {
     "prompt_window": (PROMPT.replace(window=40, sinks=1), {"num_stages": 3}),
     "chunk_in_shares": (CHUNK.replace(return_lse=True), {"min_tiles_per_split": 1}),
 }
-(UNIFIED,) = (row for row in implementations_of("unified_attention") if row.platform == "triton")
-(PREFILL,) = (row for row in implementations_of("prefill_page_attention") if row.platform == "triton")
 
 
 def answer(call: Call, fields: dict[str, Any], num_sms: int, **how: Any) -> Result:
     """What the kernel answers, with tiles of 32 keys unless others are asked for."""
     from tests.gluon_interpreter import interpreted
 
-    row = UNIFIED if call.operation == "unified_attention" else PREFILL
-    config: Any = jax_bridge.UnifiedAttentionConfig if row is UNIFIED else jax_bridge.PrefillPageAttentionConfig
-    cfg = config(**({"warp_specialized": True, "block_n": 32, "num_stages": 2} | fields))
+    cfg = specialized(call.operation, **({"block_n": 32, "num_stages": 2} | fields))
     with target_device(dataclasses.replace(SMALL_DEVICE, num_sms=num_sms)), interpreted(**how):
-        return row(call, cfg=cfg)
+        return kernel_of(call.operation)(call, cfg=cfg)
 
 
 def check(name: str, **how: Any) -> None:
