@@ -125,6 +125,11 @@ class Work:
     even_shares: int = 0
 
     @property
+    def cut_row_tiles(self) -> int:
+        """Row tiles that may be cut: evenly, only those of half as many tiles again as an equal share of the batch."""
+        return min(self.row_tiles, 2 * self.even_shares // 3) if self.even_shares else self.row_tiles
+
+    @property
     def partials(self) -> int:
         """Partial results a KV head."""
         if self.splits == 1:
@@ -297,7 +302,7 @@ class PagedCall:
                 self.operands["k_ptr"], self.operands["v_ptr"], self.options.kv_layout, classes[0].block_n
             ),
             constants=_few_and_many(parts),
-            tickets={"tickets_ptr": jnp.zeros(2, jnp.int32) if len(classes) == 2 else None},
+            tickets={"tickets_ptr": jnp.zeros(3, jnp.int32) if len(classes) == 2 else None},
             num_programs=min(num_programs, self.device.num_sms * classes[0].programs_per_sm),
             num_warps=hopper_launch.WARPS,
             max_registers=None,  # each kind of warps has its own
@@ -313,7 +318,7 @@ class PagedCall:
         reductions = []
         for tile, schedule, work in split:
             block_rows, block_splits = reduce_blocks(work, self.sizes, tile, self.device)
-            num_programs = work.row_tiles * self.sizes.num_kv_heads * (tile.block_m // block_rows)
+            num_programs = work.cut_row_tiles * self.sizes.num_kv_heads * (tile.block_m // block_rows)
             reductions.append(
                 kernels("specialization").Reduction(tile, schedule, block_rows, block_splits, num_programs)
             )
@@ -326,6 +331,7 @@ class PagedCall:
                 "begins_ptr": self.begins,
                 "partial_out_ptr": results["partial_out_ptr"],
                 "partial_lse_ptr": results["partial_lse_ptr"],
+                "is_cut_ptr": results.get("tickets_ptr"),
             },
             updated={"out_ptr": results["out_ptr"], "lse_ptr": results.get("lse_ptr")},
             constants={
@@ -456,11 +462,14 @@ def reduce_blocks(work: Work, sizes: PagedSizes, tile: Any, device: Device) -> t
     more for the one long sequence among short ones. The rows of a token are taken together where a row tile has room
     for several and often holds one; more where the programs would otherwise be too many for the SMs.
     """
+    has_room = tile.block_m > 2 * sizes.group_size
+    rows_each, programs_per_sm = (tile.block_m, 16) if has_room else (sizes.group_size, 4)
     expected_splits = max(_MIN_REDUCE_SPLITS, 2 * work.shares // work.row_tiles)
     block_splits = min(64, _MOST_REDUCE_ELEMENTS // tile.block_dv, next_power_of_two(min(work.splits, expected_splits)))
     fitting = max(1, _MAX_REDUCE_ELEMENTS // (tile.block_dv * block_splits))
-    for_occupancy = max(1, work.row_tiles * sizes.num_q_heads // (4 * device.num_sms))
-    of_a_token = next_power_of_two(sizes.group_size) if tile.block_m > 2 * sizes.group_size else 1
+    num_rows = work.cut_row_tiles * sizes.num_kv_heads * rows_each
+    for_occupancy = max(1, num_rows // (programs_per_sm * device.num_sms))
+    of_a_token = next_power_of_two(sizes.group_size) if has_room else 1
     rows = min(fitting, max(for_occupancy, of_a_token), tile.block_m)
     return 1 << rows.bit_length() - 1, block_splits
 

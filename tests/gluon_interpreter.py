@@ -303,7 +303,17 @@ def _language(threads: Threads) -> dict[str, types.ModuleType]:
         barrier=lambda: None,
         **{
             name: (lambda *given, _name=name, **keywords: getattr(tl, _name)(*given, **keywords))
-            for name in ("load", "max", "maximum", "minimum", "where", "atomic_add", "program_id", "num_programs")
+            for name in (
+                "load",
+                "store",
+                "max",
+                "maximum",
+                "minimum",
+                "where",
+                "atomic_add",
+                "program_id",
+                "num_programs",
+            )
         },
         **dict.fromkeys(
             (

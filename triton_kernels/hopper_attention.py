@@ -97,7 +97,7 @@ def fetch_tiles(
 ):
     """Fetch every tile of K and V of a part as soon as its slot is free."""
     k_ring, v_ring = rings
-    k_full, k_empty, v_full, v_empty = barriers
+    k_full, k_empty, v_full, v_empty, _turns = barriers
     block_n: gl.constexpr = k_ring.shape[1]
     box: gl.constexpr = k_desc.block_shape[0]
     # The cache as a matrix: a row holds a token, of one head or of all.
@@ -158,9 +158,25 @@ def weigh(
 
 
 @gluon.jit
+def await_turn(turn, turns, GROUP: gl.constexpr):
+    """Wait until the other warpgroup has begun its products number `turn`, or the ones before if this one is first.
+
+    So one takes exponentials while the other multiplies, and not both the same.
+    """
+    mbarrier.wait(turns.index(GROUP), (turn + 1 - GROUP) & 1)
+
+
+@gluon.jit
+def end_turn(turns, GROUP: gl.constexpr):
+    """Let the other warpgroup begin its products."""
+    mbarrier.arrive(turns.index(1 - GROUP), count=1)
+
+
+@gluon.jit
 def attend_tile(
     number,
     first,
+    part,
     begin,
     q_tile,
     rings,
@@ -174,20 +190,23 @@ def attend_tile(
     row_end,
     score_scale,
     SCORING: gl.constexpr,
+    GROUP: gl.constexpr,
     MASKED: gl.constexpr,
 ):
     """Scores of tile `number` while the values of the tile before are accumulated; its weights and the row state."""
     k_ring, v_ring = rings
-    k_full, k_empty, v_full, v_empty = barriers
+    k_full, k_empty, v_full, v_empty, turns = barriers
     block_n: gl.constexpr = k_ring.shape[1]
     rows_layout: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
     slot, parity = place(first + number, k_ring.shape[0])
     before, parity_before = place(first + number - 1, k_ring.shape[0])
     start = begin + number * block_n
     mbarrier.wait(k_full.index(slot), parity)
+    await_turn(first - part + number - 1, turns, GROUP)  # every part has one tile without
     products = multiply_scores(q_tile, k_ring.index(slot), block_n, lanes.type.layout.parent)
     mbarrier.wait(v_full.index(before), parity_before)
     acc = warpgroup_mma(weights, v_ring.index(before), acc, is_async=True)
+    end_turn(turns, GROUP)
     products = warpgroup_mma_wait(1, deps=[products])
     mbarrier.arrive(k_empty.index(slot), count=1)
     new_weights, rescale, row_max, row_sum = weigh(
@@ -200,12 +219,14 @@ def attend_tile(
 
 
 @gluon.jit
-def pass_tile(number, rings, barriers):
+def pass_tile(number, first, part, rings, barriers, GROUP: gl.constexpr):
     """What `attend_tile` does to barriers, and nothing else."""
     k_ring, _ = rings
-    k_full, k_empty, v_full, v_empty = barriers
-    slot, parity = place(number, k_ring.shape[0])
-    before, parity_before = place(number - 1, k_ring.shape[0])
+    k_full, k_empty, v_full, v_empty, turns = barriers
+    slot, parity = place(first + number, k_ring.shape[0])
+    before, parity_before = place(first + number - 1, k_ring.shape[0])
+    await_turn(first - part + number - 1, turns, GROUP)
+    end_turn(turns, GROUP)
     mbarrier.wait(k_full.index(slot), parity)
     mbarrier.arrive(k_empty.index(slot), count=1)
     mbarrier.wait(v_full.index(before), parity_before)
@@ -298,7 +319,7 @@ def consume(
     """
     q_ptr, sink_ptr, k_scale_ptr, v_scale_ptr, out_ptr, lse_ptr, partial_out_ptr, partial_lse_ptr = arrays
     k_ring, v_ring = rings
-    k_full, k_empty, v_full, v_empty = barriers
+    k_full, k_empty, v_full, v_empty, _turns = barriers
     part_ring, part_full, part_empty = parts
     block_n: gl.constexpr = TILE.block_n
     scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, block_n, 16])
@@ -352,22 +373,22 @@ def consume(
             clean(v_ring.index(slot), begin, key_begin, key_end, BOX)
             for number in range(1, first_whole):
                 weights, row_max, row_sum, acc = attend_tile(
-                    number, first, begin, q_tile, rings, barriers, weights, row_max, row_sum, acc, lanes, row_begin,
-                    row_end, score_scale, SCORING, True,
+                    number, first, part, begin, q_tile, rings, barriers, weights, row_max, row_sum, acc, lanes,
+                    row_begin, row_end, score_scale, SCORING, GROUP, True,
                 )  # fmt: skip
         for number in range(first_whole, end_whole):
             weights, row_max, row_sum, acc = attend_tile(
-                number, first, begin, q_tile, rings, barriers, weights, row_max, row_sum, acc, lanes, row_begin,
-                row_end, score_scale, SCORING, False,
+                number, first, part, begin, q_tile, rings, barriers, weights, row_max, row_sum, acc, lanes,
+                row_begin, row_end, score_scale, SCORING, GROUP, False,
             )  # fmt: skip
         for number in range(end_whole, num_computed):
             weights, row_max, row_sum, acc = attend_tile(
-                number, first, begin, q_tile, rings, barriers, weights, row_max, row_sum, acc, lanes, row_begin,
-                row_end, score_scale, SCORING, True,
+                number, first, part, begin, q_tile, rings, barriers, weights, row_max, row_sum, acc, lanes,
+                row_begin, row_end, score_scale, SCORING, GROUP, True,
             )  # fmt: skip
         if OFTEN_FEW:
             for number in range(num_computed, num_tiles):
-                pass_tile(first + number, rings, barriers)
+                pass_tile(number, first, part, rings, barriers, GROUP)
         slot, parity = place(first + num_tiles - 1, k_ring.shape[0])
         mbarrier.wait(v_full.index(slot), parity)
         clean(v_ring.index(slot), begin + (num_tiles - 1) * block_n, key_begin, key_end, BOX)
@@ -472,6 +493,7 @@ def produce_share(
     starts_ptr,
     lens_ptr,
     table_ptr,
+    tickets_ptr,
     QUERIES: gl.constexpr,
     CACHE: gl.constexpr,
     SCORING: gl.constexpr,
@@ -501,6 +523,8 @@ def produce_share(
             )  # fmt: skip
             partial_row = (partial_number(share, first_share, SCHEDULE) * QUERIES.num_kv_heads + kv_head) * TILE.block_m
             partial_row = gl.where(num_splits > 1, partial_row, -1)
+            if tickets_ptr is not None:
+                gl.store(tickets_ptr, 1, mask=num_splits > 1)
             announce(
                 part, part_ring, part_full, part_empty,
                 (
@@ -551,7 +575,8 @@ def produce(
     """Find out what a program has to do, part by part, tell the warpgroups, and fetch the tiles.
 
     With one schedule, programs take turns in alternating order, so that each gets long shares and short ones. With two,
-    they take tickets of the one that they prefer as long as there are any, then of the other.
+    they take tickets of the one that they prefer as long as there are any, then of the other. The first ones are dealt
+    out: an atomic addition is on the way to everything else.
     """
     part_ring, part_full, part_empty = parts
     heads: gl.constexpr = QUERIES.num_kv_heads
@@ -559,41 +584,56 @@ def produce(
     part, tiles_done, turn = program * 0, program * 0, program * 0
     counting: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
     many_lanes = gl.arange(0, MANY_SCHEDULE.block_s, counting)
-    many_line = measure_shares(many_lanes, starts_ptr, lens_ptr, None, QUERIES, SCORING, MANY_TILE, MANY_SCHEDULE)
     many_left = program >= 0
     if FEW_SCHEDULE is None:
+        many_line = measure_shares(many_lanes, starts_ptr, lens_ptr, None, QUERIES, SCORING, MANY_TILE, MANY_SCHEDULE)
         number = program
         while many_left & (number < MANY_SCHEDULE.num_shares * heads):
             part, tiles_done, many_left = produce_share(
                 number // heads, number % heads, part, tiles_done, many_line, many_lanes, rings, barriers, parts,
-                k_desc, v_desc, starts_ptr, lens_ptr, table_ptr, QUERIES, CACHE, SCORING, MANY_TILE, MANY_SCHEDULE,
+                k_desc, v_desc, starts_ptr, lens_ptr, table_ptr, tickets_ptr, QUERIES, CACHE, SCORING, MANY_TILE,
+                MANY_SCHEDULE,
             )  # fmt: skip
             turn += 1
             number = turn * num_programs + gl.where(turn % 2 == 0, program, num_programs - 1 - program)
     else:
         few_lanes = gl.arange(0, FEW_SCHEDULE.block_s, counting)
         few_line = measure_shares(few_lanes, starts_ptr, lens_ptr, None, QUERIES, SCORING, FEW_TILE, FEW_SCHEDULE)
+        if FEW_SCHEDULE.measure == MANY_SCHEDULE.measure:
+            many_line = few_line
+        else:
+            many_line = measure_shares(
+                many_lanes, starts_ptr, lens_ptr, None, QUERIES, SCORING, MANY_TILE, MANY_SCHEDULE
+            )
         prefers_few = program % 8 < EIGHTHS_FOR_FEW
+        few_programs = num_programs // 8 * EIGHTHS_FOR_FEW + gl.minimum(num_programs % 8, EIGHTHS_FOR_FEW)
+        few_before = program // 8 * EIGHTHS_FOR_FEW + gl.minimum(program % 8, EIGHTHS_FOR_FEW)
         few_left = many_left
+        is_first = many_left
         while few_left | many_left:
             if few_left & (prefers_few | (not many_left)):
-                number = take_ticket(tickets_ptr)
+                number = few_before
+                if not is_first:
+                    number = few_programs + take_ticket(tickets_ptr + 1)
                 few_left = number < FEW_SCHEDULE.num_shares * heads
                 if few_left:
                     part, tiles_done, few_left = produce_share(
                         number // heads, number % heads, part, tiles_done, few_line, few_lanes, rings, barriers, parts,
-                        k_desc, v_desc, starts_ptr, lens_ptr, table_ptr, QUERIES, CACHE, SCORING, FEW_TILE,
+                        k_desc, v_desc, starts_ptr, lens_ptr, table_ptr, tickets_ptr, QUERIES, CACHE, SCORING, FEW_TILE,
                         FEW_SCHEDULE,
                     )  # fmt: skip
             else:
-                number = take_ticket(tickets_ptr + 1)
+                number = program - few_before
+                if not is_first:
+                    number = num_programs - few_programs + take_ticket(tickets_ptr + 2)
                 many_left = number < MANY_SCHEDULE.num_shares * heads
                 if many_left:
                     part, tiles_done, many_left = produce_share(
                         number // heads, number % heads, part, tiles_done, many_line, many_lanes, rings, barriers,
-                        parts, k_desc, v_desc, starts_ptr, lens_ptr, table_ptr, QUERIES, CACHE, SCORING, MANY_TILE,
-                        MANY_SCHEDULE,
+                        parts, k_desc, v_desc, starts_ptr, lens_ptr, table_ptr, tickets_ptr, QUERIES, CACHE, SCORING,
+                        MANY_TILE, MANY_SCHEDULE,
                     )  # fmt: skip
+            is_first = program < 0
     announce(part, part_ring, part_full, part_empty, (0, 0, 0, 0, 0, 0, 0, 0, 0, 0))
 
 
@@ -608,7 +648,7 @@ def hopper_paged_attention_kernel(
     sink_ptr,  # [Hq] or None
     k_scale_ptr,  # [1] or [Hkv] or None
     v_scale_ptr,  # [1] or [Hkv] or None
-    tickets_ptr,  # two zeros, or None with one schedule
+    tickets_ptr,  # three zeros: whether row tiles are cut, and a counter for each schedule; or None with one
     out_ptr,  # [T, Hq, Dv]
     lse_ptr,  # [T, Hq] or None
     partial_out_ptr,  # [rows of all partial results, Dv] float32, or None where no keys are split
@@ -645,9 +685,12 @@ def hopper_paged_attention_kernel(
     for slot in gl.static_range(PARTS):
         mbarrier.init(part_full.index(slot), count=1)
         mbarrier.init(part_empty.index(slot), count=groups)
+    turns = mbarrier.allocate_mbarrier(batch=2)
+    for group in gl.static_range(2):
+        mbarrier.init(turns.index(group), count=1)
     parts = (part_ring, part_full, part_empty)
     rings = (k_ring, v_ring)
-    barriers = (k_full, k_empty, v_full, v_empty)
+    barriers = (k_full, k_empty, v_full, v_empty, turns)
     arrays = (q_ptr, sink_ptr, k_scale_ptr, v_scale_ptr, out_ptr, lse_ptr, partial_out_ptr, partial_lse_ptr)
     box: gl.constexpr = k_desc.block_shape[0]
     often_few: gl.constexpr = FEW_SCHEDULE is not None

@@ -180,7 +180,9 @@ def find_row_tile(
     SCHEDULE: tl.constexpr,
     BY_NUMBER: tl.constexpr,
 ):
-    """Row tile number `wanted` of all, or the first one whose keys end after the position `wanted` on the line.
+    """The first row tile whose keys end after the position `wanted` on the line, or number `wanted` of those to merge.
+
+    By number, row tiles that are not cut do not count where it is known without looking at the shares.
 
     Returns its segment, -1 if there is none; the segment's first token, tokens, first key and end of the keys; the
     tile's first row; where it begins on the line, and where its keys end.
@@ -207,9 +209,13 @@ def find_row_tile(
             ends = line_end + tl.cumsum(row_tiles * length, 0)
             begins = ends - row_tiles * length
             if BY_NUMBER:
-                tile_ends = tiles + tl.cumsum(row_tiles, 0)
-                is_found = (tile_ends - row_tiles <= wanted) & (wanted < tile_ends)
-                tiles_before += tl.sum(tl.where(is_found, tile_ends - row_tiles, 0))
+                counted = row_tiles
+                if not SCHEDULE.is_balanced:
+                    reach, _ = line_lengths(key_tiles, line, SCHEDULE)
+                    counted = tl.where(reach > 1, row_tiles, 0)
+                tile_ends = tiles + tl.cumsum(counted, 0)
+                is_found = (tile_ends - counted <= wanted) & (wanted < tile_ends)
+                tiles_before += tl.sum(tl.where(is_found, tile_ends - counted, 0))
                 tiles = tl.max(tile_ends)
             else:
                 is_found = (row_tiles > 0) & (begins - cost <= wanted) & (wanted < ends - cost)

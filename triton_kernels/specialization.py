@@ -111,6 +111,11 @@ class Schedule:
         return self.num_splits == 0 and self.even_splits is None
 
     @property
+    def measure(self) -> tuple[EvenSplits | None, int, int] | None:
+        """What an even split's length depends on beside the batch; None where shares are balanced."""
+        return None if self.is_balanced else (self.even_splits, self.min_tiles, self.most_tiles)
+
+    @property
     def unit(self) -> int:
         """Length of a KV tile on the line: balanced shares need not be of whole tiles."""
         return 16 if self.is_balanced else 1

@@ -151,6 +151,7 @@ def split_reduce_kernel(
     v_scale_ptr,  # [1] or [Hkv] or None
     partial_out_ptr,  # [rows of all partial results, Dv] float32
     partial_lse_ptr,  # [rows of all partial results] float32, base 2
+    is_cut_ptr,  # zero if no row tile was cut, or None
     out_ptr,  # [T, Hq, Dv]
     lse_ptr,  # [T, Hq] or None
     V_SCALE_STRIDE: tl.constexpr,
@@ -173,7 +174,11 @@ def split_reduce_kernel(
         lse_ptr,
     )
     program = tl.program_id(0)
-    if SECOND is None or program < FIRST.num_programs:
-        reduce_rows(program, arrays, V_SCALE_STRIDE, QUERIES, CACHE, SCORING, FIRST)
-    else:
-        reduce_rows(program - FIRST.num_programs, arrays, V_SCALE_STRIDE, QUERIES, CACHE, SCORING, SECOND)
+    is_cut = program >= 0
+    if is_cut_ptr is not None:
+        is_cut = tl.load(is_cut_ptr) != 0
+    if is_cut:
+        if SECOND is None or program < FIRST.num_programs:
+            reduce_rows(program, arrays, V_SCALE_STRIDE, QUERIES, CACHE, SCORING, FIRST)
+        else:
+            reduce_rows(program - FIRST.num_programs, arrays, V_SCALE_STRIDE, QUERIES, CACHE, SCORING, SECOND)
