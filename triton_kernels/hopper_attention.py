@@ -33,7 +33,14 @@ from triton_kernels.schedule import (
     shares_of,
     tiles_of_share,
 )
-from triton_kernels.scores import base_2_logits, hide, load_score_scale
+from triton_kernels.scores import (
+    LARGEST_FAST_CAP,
+    base_2_logits,
+    from_cap,
+    hide,
+    load_score_scale,
+    logits_below_cap,
+)
 from triton_kernels.split_reduce import store_partial
 
 ROWS = tl.constexpr(64)  # of a warpgroup
@@ -150,8 +157,14 @@ def weigh(
     SCORING: gl.constexpr,
     MASKED: gl.constexpr,
 ):
-    """Weights of a tile of products, the factor for what was accumulated before, and the new row state."""
-    scores, unit = base_2_logits(products, score_scale, SCORING, False)
+    """Weights of a tile of products, the factor for what was accumulated before, and the new row state.
+
+    Under a soft cap the maximum is counted from there.
+    """
+    if SCORING.soft_cap is None or SCORING.soft_cap > LARGEST_FAST_CAP:
+        scores, unit = base_2_logits(products, score_scale, SCORING, False)
+    else:
+        scores, unit = logits_below_cap(products, score_scale, SCORING.soft_cap)
     if MASKED:
         scores = hide(scores, start + lanes, row_begin, row_end)
     return online_softmax(scores, unit, row_max, row_sum)
@@ -409,6 +422,8 @@ def consume(
 
         acc, weights = warpgroup_mma_wait(0, deps=[acc, weights])
         mbarrier.arrive(v_empty.index(slot), count=1)
+        if SCORING.soft_cap is not None and SCORING.soft_cap <= LARGEST_FAST_CAP:
+            row_max = from_cap(row_max, SCORING.soft_cap)
         row_max = gl.convert_layout(row_max, out_rows_layout)
         row_sum = gl.convert_layout(row_sum, out_rows_layout)
         if partial_out_ptr is None or my_partial < 0:
