@@ -130,20 +130,26 @@ def baseline_path(device: str) -> Path:
     return BASELINES / f"{re.sub(r'[^a-z0-9]+', '_', device.lower()).strip('_')}.json"
 
 
-def read_baseline(device: str) -> dict[str, Ratios]:
-    """The stored ratios of a kind of device; none where nothing was stored."""
+def _stored(device: str) -> dict[str, Any]:
     path = baseline_path(device)
-    stored: dict[str, Ratios] = json.loads(path.read_text())["ratios"] if path.exists() else {}
+    stored: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"sources": [], "ratios": {}}
     return stored
 
 
+def read_baseline(device: str) -> dict[str, Ratios]:
+    """The stored ratios of a kind of device; none where nothing was stored."""
+    ratios: dict[str, Ratios] = _stored(device)["ratios"]
+    return ratios
+
+
 def write_baseline(device: str, ratios: Mapping[str, Ratios], sources: Sequence[str]) -> Path:
-    """Store ratios over those of the same cases."""
+    """Store ratios over those of the same cases, and beside the others, whose sources stay."""
+    before = _stored(device)
     kept = {name: {k: round(ratio, 4) for k, ratio in found.items()} for name, found in ratios.items()}
     content = {
         "device": device,
-        "sources": list(sources),
-        "ratios": dict(sorted((read_baseline(device) | kept).items())),
+        "sources": list(dict.fromkeys([*before["sources"], *sources])),
+        "ratios": dict(sorted((before["ratios"] | kept).items())),
     }
     path = baseline_path(device)
     path.write_text(json.dumps(content, indent=1) + "\n")

@@ -101,6 +101,7 @@ def test_a_baseline_is_written_over_the_same_cases(monkeypatch: pytest.MonkeyPat
         stored["unified_attention[1x4096]"]["fa3"] / 2, rel=1e-3
     )
     assert again.keys() == stored.keys()
+    assert json.loads(regression.baseline_path(H100).read_text())["sources"] == [MEASURED.name, "changed.json"]
 
 
 def test_what_holds_no_results_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
