@@ -41,13 +41,13 @@ def soft_cap(products, scale, CAP: tl.constexpr, IS_EXACT: tl.constexpr):
 
 
 @triton.jit
-def negative_reciprocal(x):
-    """`-1 / x` to 2^-23, in one instruction of NVIDIA's: a division takes eight."""
+def reciprocal(x):
+    """`1 / x` to 2^-23, in one instruction of NVIDIA's: a division takes eight."""
     if IS_INTERPRETED:
-        return -1.0 / x
+        return 1.0 / x
     else:
         return tl.inline_asm_elementwise(
-            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [-x], dtype=tl.float32, is_pure=True, pack=1
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
         )
 
 
@@ -59,7 +59,7 @@ def logits_below_cap(products, scale, CAP: tl.constexpr):
     `from_cap` makes up for it in the maximum.
     """
     exponential = tl.exp2(products * (scale * (2.0 * LOG2_E / CAP)))
-    return negative_reciprocal(exponential + 1.0), 2.0 * CAP * LOG2_E
+    return reciprocal(-1.0 - exponential), 2.0 * CAP * LOG2_E
 
 
 @triton.jit
