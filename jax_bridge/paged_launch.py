@@ -151,10 +151,10 @@ def work_bounds(rows: RowClass, sizes: PagedSizes, is_packed: bool, longest: int
         splits = min(max(1, rows.num_splits), key_tiles)
         shares = row_tiles * splits
     elif rows.even_splits:
-        # A split is about as long as an even share of the batch, which is counted in tiles of as many rows as in this
-        # class, or more: so its own row tiles make up no more than the whole.
+        # A split is about as long as an even share of the batch, in which each row tile of this class counts at least
+        # once: so its own row tiles make up no more than the whole, and a single share cuts none.
         even_shares = programs_or_tickets
-        splits = min(even_shares + 1, key_tiles // rows.min_tiles + 1)
+        splits = min(even_shares + 1, key_tiles // rows.min_tiles + 1) if even_shares > 1 else 1
         shares = min(even_shares + row_tiles, row_tiles * splits)
     else:
         shares = max(1, min(programs_or_tickets, row_tiles * math.ceil((key_tiles + 1) / rows.min_tiles)))
@@ -414,10 +414,16 @@ class PagedCall:
             block_s=min(_FEW_BLOCK_S if rows.warp_specialized else _MAX_BLOCK_S, next_power_of_two(self._num_segments)),
             most_work=self._most_work(rows, work),
             first_partial=first_partial,
-            even_splits=kernels("specialization").EvenSplits(work.even_shares, hopper_launch.TILE_ROWS)
-            if work.even_shares
-            else None,
+            even_splits=self._even_splits(rows, work),
         )
+
+    def _even_splits(self, rows: RowClass, work: Work) -> Any:
+        """How row tiles are cut by themselves, or None: alike in all classes, so that splits are about as long."""
+        if work.even_shares == 0:
+            return None
+        has_single_tiles = rows.most_rows <= rows.block_m
+        counted_rows = hopper_launch.TILE_ROWS if has_single_tiles else min(rows.block_m, hopper_launch.TILE_ROWS)
+        return kernels("specialization").EvenSplits(work.even_shares, counted_rows)
 
     def _most_work(self, rows: RowClass, work: Work) -> int:
         """Tiles or splits of all row tiles at most, though every segment may claim every token."""
@@ -460,7 +466,8 @@ def reduce_blocks(work: Work, sizes: PagedSizes, tile: Any, device: Device) -> t
 
     A batch of equal lengths has `shares / row_tiles` splits a row tile; twice as many are loaded in one go, and some
     more for the one long sequence among short ones. The rows of a token are taken together where a row tile has room
-    for several and often holds one; more where the programs would otherwise be too many for the SMs.
+    for several and often holds one; more where the programs would otherwise be too many for the SMs. Where there is
+    room, many of these find no row to merge: of such more are worth having than of those that do.
     """
     has_room = tile.block_m > 2 * sizes.group_size
     rows_each, programs_per_sm = (tile.block_m, 16) if has_room else (sizes.group_size, 4)

@@ -90,7 +90,7 @@ KERNEL_BUGS: dict[str, KernelBug] = {
     "hide_with_finite_value": _page("scores", 'scores, float("-inf")', "scores, -1.0"),
     "no_cap": _page(
         "scores",
-        "logits = soft_cap(products, scale, SCORING.soft_cap, IS_EXACT)",
+        "logits = soft_cap(products, scale, SCORING, IS_EXACT)",
         "logits = products * (scale * LOG2_E)",
     ),
     "alibi_mirrored": _page("scores", "keys[None, :] - positions[:, None]", "positions[:, None] - keys[None, :]"),

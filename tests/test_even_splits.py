@@ -34,6 +34,7 @@ CASES = {
     "one_long": DECODES,
     "equal": DECODES.replace(kv_lens=(96,) * 5),
     "all_that_may_be_cut": DECODES.replace(query_lens=(1, 1), kv_lens=(48, 48)),  # three tiles in two, of four shares
+    "many_small_tiles": DECODES.replace(dtype="bfloat16", num_kv_heads=1, query_lens=(1, 64), kv_lens=(1, 400)),
     "window": DECODES.replace(window=90),
     "sinks": DECODES.replace(sinks=1),
     "mixed": DECODES.replace(dtype="bfloat16", query_lens=(1, 40, 1, 2, 17), kv_lens=(300, 150, 20, 64, 17)),

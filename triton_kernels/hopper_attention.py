@@ -8,7 +8,7 @@ with the last ones: while one takes exponentials, another keeps the tensor cores
 Where some sequences decode, some programs begin with these and the others with prompts, and all go on with what is
 left: the former wait for memory while the latter compute.
 
-The interpreter knows no Gluon. Everything but the loop is shared with the kernels that it does run.
+The interpreter knows no Gluon. Most of what is not the loop is shared with the kernels that it does run.
 """
 
 import triton.language as tl
@@ -33,14 +33,7 @@ from triton_kernels.schedule import (
     shares_of,
     tiles_of_share,
 )
-from triton_kernels.scores import (
-    LARGEST_FAST_CAP,
-    base_2_logits,
-    from_cap,
-    hide,
-    load_score_scale,
-    logits_below_cap,
-)
+from triton_kernels.scores import base_2_logits, from_cap, hide, load_score_scale, logits_below_cap
 from triton_kernels.split_reduce import store_partial
 
 ROWS = tl.constexpr(64)  # of a warpgroup
@@ -159,12 +152,12 @@ def weigh(
 ):
     """Weights of a tile of products, the factor for what was accumulated before, and the new row state.
 
-    Under a soft cap the maximum is counted from there.
+    Under a soft cap, if that has a fast form, the maximum is counted from there.
     """
-    if SCORING.soft_cap is None or SCORING.soft_cap > LARGEST_FAST_CAP:
-        scores, unit = base_2_logits(products, score_scale, SCORING, False)
-    else:
+    if SCORING.has_fast_cap:
         scores, unit = logits_below_cap(products, score_scale, SCORING.soft_cap)
+    else:
+        scores, unit = base_2_logits(products, score_scale, SCORING, False)
     if MASKED:
         scores = hide(scores, start + lanes, row_begin, row_end)
     return online_softmax(scores, unit, row_max, row_sum)
@@ -233,7 +226,7 @@ def attend_tile(
 
 @gluon.jit
 def pass_tile(number, first, part, rings, barriers, GROUP: gl.constexpr):
-    """What `attend_tile` does to barriers, and nothing else."""
+    """What `attend_tile` does to barriers, and nothing else: its turn need not wait for the keys."""
     k_ring, _ = rings
     k_full, k_empty, v_full, v_empty, turns = barriers
     slot, parity = place(first + number, k_ring.shape[0])
@@ -422,7 +415,7 @@ def consume(
 
         acc, weights = warpgroup_mma_wait(0, deps=[acc, weights])
         mbarrier.arrive(v_empty.index(slot), count=1)
-        if SCORING.soft_cap is not None and SCORING.soft_cap <= LARGEST_FAST_CAP:
+        if SCORING.has_fast_cap:
             row_max = from_cap(row_max, SCORING.soft_cap)
         row_max = gl.convert_layout(row_max, out_rows_layout)
         row_sum = gl.convert_layout(row_sum, out_rows_layout)
@@ -591,7 +584,7 @@ def produce(
 
     With one schedule, programs take turns in alternating order, so that each gets long shares and short ones. With two,
     they take tickets of the one that they prefer as long as there are any, then of the other. The first ones are dealt
-    out: an atomic addition is on the way to everything else.
+    out, since an atomic addition would delay the start.
     """
     part_ring, part_full, part_empty = parts
     heads: gl.constexpr = QUERIES.num_kv_heads
@@ -614,7 +607,7 @@ def produce(
     else:
         few_lanes = gl.arange(0, FEW_SCHEDULE.block_s, counting)
         few_line = measure_shares(few_lanes, starts_ptr, lens_ptr, None, QUERIES, SCORING, FEW_TILE, FEW_SCHEDULE)
-        if FEW_SCHEDULE.measure == MANY_SCHEDULE.measure:
+        if not MANY_SCHEDULE.is_balanced and FEW_SCHEDULE.measure == MANY_SCHEDULE.measure:
             many_line = few_line
         else:
             many_line = measure_shares(

@@ -180,9 +180,10 @@ def find_row_tile(
     SCHEDULE: tl.constexpr,
     BY_NUMBER: tl.constexpr,
 ):
-    """The first row tile whose keys end after the position `wanted` on the line, or number `wanted` of those to merge.
+    """The first row tile whose keys end after the position `wanted` on the line, or row tile number `wanted`.
 
-    By number, row tiles that are not cut do not count where it is known without looking at the shares.
+    By number, it is for the reduction: row tiles that are not cut do not count, but for balanced schedules, which would
+    have to look at the shares.
 
     Returns its segment, -1 if there is none; the segment's first token, tokens, first key and end of the keys; the
     tile's first row; where it begins on the line, and where its keys end.
@@ -205,13 +206,12 @@ def find_row_tile(
                 segments, starts_ptr, lens_ptr, begins_ptr, QUERIES, SCHEDULE.max_keys
             )
             row_tiles, key_tiles = count_tiles(num_tokens, first_key, num_keys, QUERIES, SCORING, TILE, SCHEDULE)
-            _, length = line_lengths(key_tiles, line, SCHEDULE)
+            reach, length = line_lengths(key_tiles, line, SCHEDULE)
             ends = line_end + tl.cumsum(row_tiles * length, 0)
             begins = ends - row_tiles * length
             if BY_NUMBER:
                 counted = row_tiles
                 if not SCHEDULE.is_balanced:
-                    reach, _ = line_lengths(key_tiles, line, SCHEDULE)
                     counted = tl.where(reach > 1, row_tiles, 0)
                 tile_ends = tiles + tl.cumsum(counted, 0)
                 is_found = (tile_ends - counted <= wanted) & (wanted < tile_ends)

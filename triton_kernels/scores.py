@@ -6,7 +6,6 @@ import triton.language as tl
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 LARGEST = tl.constexpr(3.4e38)  # a little less than float32 holds: a score may still be added
-LARGEST_FAST_CAP = tl.constexpr(1024.0)
 IS_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
@@ -24,18 +23,18 @@ def tanh(x):
 
 
 @triton.jit
-def soft_cap(products, scale, CAP: tl.constexpr, IS_EXACT: tl.constexpr):
-    """`CAP * tanh(products * scale / CAP)` in base 2, finite for every finite product.
+def soft_cap(products, scale, SCORING: tl.constexpr, IS_EXACT: tl.constexpr):
+    """`cap * tanh(products * scale / cap)` in base 2, finite for every finite product.
 
     Unless it must be exact, as `1 - 2 / (exp(2 x) + 1)`, which is right for an infinite `exp` and off by 2^-22 of
-    `CAP`, the reciprocal being one of approximate roots: half the instructions of a division. With a large cap that
+    the cap, the reciprocal being one of approximate roots: half the instructions of a division. With a large cap that
     would be too much for any dtype.
     """
-    limit: tl.constexpr = CAP * LOG2_E
-    if IS_EXACT or CAP > LARGEST_FAST_CAP:
-        result = limit * tanh(products * (scale / CAP))
+    limit: tl.constexpr = SCORING.soft_cap * LOG2_E
+    if IS_EXACT or not SCORING.has_fast_cap:
+        result = limit * tanh(products * (scale / SCORING.soft_cap))
     else:
-        root = tl.rsqrt(tl.exp2(products * (scale * (2.0 * LOG2_E / CAP))) + 1.0)
+        root = tl.rsqrt(tl.exp2(products * (scale * (2.0 * LOG2_E / SCORING.soft_cap))) + 1.0)
         result = limit - (2.0 * limit) * (root * root)
     return result
 
@@ -87,7 +86,7 @@ def base_2_logits(products, scale, SCORING: tl.constexpr, IS_EXACT: tl.constexpr
         if SCORING.soft_cap is None:
             logits = products * (scale * LOG2_E)
         else:
-            logits = soft_cap(products, scale, SCORING.soft_cap, IS_EXACT)
+            logits = soft_cap(products, scale, SCORING, IS_EXACT)
     return logits, unit
 
 

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 import triton.language as tl
 
+LARGEST_FAST_CAP = 1024.0
+
 
 @dataclass(frozen=True)
 class Queries:
@@ -52,6 +54,11 @@ class Scoring:
     """Rows and columns of the bias between the new tokens of a sequence."""
     scale_is_folded: bool = True
     """Whether `softmax_scale * log2(e)` is all that lies between dot products and base-2 logits, and is positive."""
+
+    @property
+    def has_fast_cap(self) -> bool:
+        """Whether a soft cap is so small that its approximation is exact enough for 16 bits."""
+        return self.soft_cap is not None and self.soft_cap <= LARGEST_FAST_CAP
 
 
 @dataclass(frozen=True)
@@ -111,9 +118,9 @@ class Schedule:
         return self.num_splits == 0 and self.even_splits is None
 
     @property
-    def measure(self) -> tuple[EvenSplits | None, int, int] | None:
-        """What an even split's length depends on beside the batch; None where shares are balanced."""
-        return None if self.is_balanced else (self.even_splits, self.min_tiles, self.most_tiles)
+    def measure(self) -> tuple[EvenSplits | None, int, int, int]:
+        """What the length of an even split depends on, beside the batch and the keys of a tile."""
+        return self.even_splits, self.min_tiles, self.most_tiles, self.max_keys
 
     @property
     def unit(self) -> int:
