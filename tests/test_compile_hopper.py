@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -130,6 +132,20 @@ def test_products_are_not_waited_for_one_by_one() -> None:
     """Every loop over tiles waits twice: for the scores, and for what is accumulated."""
     binary = Prompts().binary()
     assert binary.wgmma >= 8 * binary.wgmma_waits
+
+
+@pytest.mark.parametrize("name", ["llama", "mixed"])
+def test_a_warpgroup_is_complete_when_it_arrives_at_a_barrier(name: str) -> None:
+    """One thread arrives for all. A warp that lagged behind would find a phase of the same parity, two turns later.
+
+    The emulator cannot show it: there a warpgroup is one thread.
+    """
+    computing, fetching, _ = SERVED[name].binary().sass.partition("UTMALDG")
+    assert fetching
+    arrival = "SYNCS.ARRIVE.TRANS64.A1T0"  # of bytes that are expected there is no A1T0
+    events = re.findall(rf"BAR\.SYNC|{re.escape(arrival)}", computing)
+    assert events.count(arrival) > 20
+    assert all(before == "BAR.SYNC" for before, event in itertools.pairwise(events) if event == arrival)
 
 
 NOT_SERVED = {
