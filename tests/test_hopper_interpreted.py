@@ -131,8 +131,8 @@ BUGS: dict[str, tuple[str, str, str]] = {
     "values_fetched_into_a_slot_in_use": ("mixed", "mbarrier.wait(v_empty.index(slot), parity ^ 1)", "pass"),
     "scores_of_keys_that_are_not_there": (
         "mixed",
-        "mbarrier.wait(k_full.index(slot), parity)\n    await_turn(first - part + number - 1, turns, GROUP)  #",
-        "await_turn(first - part + number - 1, turns, GROUP)  #",
+        "mbarrier.wait(k_full.index(slot), parity)\n    await_turn",
+        "await_turn",
     ),
     "values_used_that_are_not_there": (
         "mixed",
@@ -158,7 +158,7 @@ BUGS: dict[str, tuple[str, str, str]] = {
         "v_ring.index(before), acc, is_async=True)\n",
     ),
     "row_tiles_cut_in_secret": ("mixed_split_often", "gl.store(tickets_ptr, 1, mask=num_splits > 1)", "pass"),
-    "one_counter_for_both_kinds": ("mixed", "take_ticket(tickets_ptr + 2)", "take_ticket(tickets_ptr + 1)"),
+    "one_counter_for_both_kinds": ("mixed", "take_ticket(tickets_ptr + 2,", "take_ticket(tickets_ptr + 1,"),
     "partial_results_one_row_apart": ("mixed_split_often", "kv_head) * TILE.block_m\n", "kv_head)\n"),
     "keys_of_the_first_head": ("mixed", "kv_head * (CACHE.k_head_stride % CACHE.k_token_stride)", "kv_head * 0"),
     "whole_tiles_end_late": ("mixed", "gl.minimum(whole_end, key_end) - begin", "key_end - begin"),

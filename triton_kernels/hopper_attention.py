@@ -33,7 +33,7 @@ from triton_kernels.schedule import (
     shares_of,
     tiles_of_share,
 )
-from triton_kernels.scores import base_2_logits, from_cap, hide, load_score_scale, logits_below_cap
+from triton_kernels.scores import from_cap, hide, load_score_scale, logits_from_cap
 from triton_kernels.split_reduce import store_partial
 
 ROWS = tl.constexpr(64)  # of a warpgroup
@@ -152,23 +152,21 @@ def weigh(
 ):
     """Weights of a tile of products, the factor for what was accumulated before, and the new row state.
 
-    Under a soft cap, if that has a fast form, the maximum is counted from there.
+    The maximum is that of `logits_from_cap`.
     """
-    if SCORING.has_fast_cap:
-        scores, unit = logits_below_cap(products, score_scale, SCORING.soft_cap)
-    else:
-        scores, unit = base_2_logits(products, score_scale, SCORING, False)
+    scores, unit = logits_from_cap(products, score_scale, SCORING)
     if MASKED:
         scores = hide(scores, start + lanes, row_begin, row_end)
     return online_softmax(scores, unit, row_max, row_sum)
 
 
 @gluon.jit
-def await_turn(turn, turns, GROUP: gl.constexpr):
-    """Wait until the other warpgroup has begun its products number `turn`, or the ones before if this one is first.
+def await_turn(number, first, part, turns, GROUP: gl.constexpr):
+    """Wait until the other warpgroup has begun its products of this tile, or of the last one if this group is first.
 
     So one takes exponentials while the other multiplies, and not both the same.
     """
+    turn = first - part + number - 1  # every part has one tile without
     mbarrier.wait(turns.index(GROUP), (turn + 1 - GROUP) & 1)
 
 
@@ -208,7 +206,7 @@ def attend_tile(
     before, parity_before = place(first + number - 1, k_ring.shape[0])
     start = begin + number * block_n
     mbarrier.wait(k_full.index(slot), parity)
-    await_turn(first - part + number - 1, turns, GROUP)  # every part has one tile without
+    await_turn(number, first, part, turns, GROUP)
     products = multiply_scores(q_tile, k_ring.index(slot), block_n, lanes.type.layout.parent)
     mbarrier.wait(v_full.index(before), parity_before)
     acc = warpgroup_mma(weights, v_ring.index(before), acc, is_async=True)
@@ -231,7 +229,7 @@ def pass_tile(number, first, part, rings, barriers, GROUP: gl.constexpr):
     k_full, k_empty, v_full, v_empty, turns = barriers
     slot, parity = place(first + number, k_ring.shape[0])
     before, parity_before = place(first + number - 1, k_ring.shape[0])
-    await_turn(first - part + number - 1, turns, GROUP)
+    await_turn(number, first, part, turns, GROUP)
     end_turn(turns, GROUP)
     mbarrier.wait(k_full.index(slot), parity)
     mbarrier.arrive(k_empty.index(slot), count=1)
@@ -415,9 +413,7 @@ def consume(
 
         acc, weights = warpgroup_mma_wait(0, deps=[acc, weights])
         mbarrier.arrive(v_empty.index(slot), count=1)
-        if SCORING.has_fast_cap:
-            row_max = from_cap(row_max, SCORING.soft_cap)
-        row_max = gl.convert_layout(row_max, out_rows_layout)
+        row_max = gl.convert_layout(from_cap(row_max, SCORING), out_rows_layout)
         row_sum = gl.convert_layout(row_sum, out_rows_layout)
         if partial_out_ptr is None or my_partial < 0:
             lse_row_ptr = lse_ptr
@@ -554,10 +550,21 @@ def produce_share(
 
 
 @gluon.jit
-def take_ticket(ticket_ptr):
-    """A number that no other program gets."""
-    ticket = gl.atomic_add(ticket_ptr, 1, sem="relaxed")
-    gl.barrier()  # the answer goes through shared memory, which the next one must not reuse before all have read
+def count_preferring_few(programs):
+    """How many of the first `programs` begin with sequences of few rows."""
+    return programs // 8 * EIGHTHS_FOR_FEW + gl.minimum(programs % 8, EIGHTHS_FOR_FEW)
+
+
+@gluon.jit
+def take_ticket(ticket_ptr, is_first, dealt, num_dealt):
+    """A number that no other program gets: what this one was dealt if it is its first, then of those from `num_dealt`.
+
+    An atomic addition would delay the start.
+    """
+    ticket = dealt
+    if not is_first:
+        ticket = num_dealt + gl.atomic_add(ticket_ptr, 1, sem="relaxed")
+        gl.barrier()  # the answer goes through shared memory, which the next one must not reuse before all have read
     return ticket
 
 
@@ -583,8 +590,7 @@ def produce(
     """Find out what a program has to do, part by part, tell the warpgroups, and fetch the tiles.
 
     With one schedule, programs take turns in alternating order, so that each gets long shares and short ones. With two,
-    they take tickets of the one that they prefer as long as there are any, then of the other. The first ones are dealt
-    out, since an atomic addition would delay the start.
+    they take tickets of the one that they prefer as long as there are any, then of the other.
     """
     part_ring, part_full, part_empty = parts
     heads: gl.constexpr = QUERIES.num_kv_heads
@@ -614,15 +620,12 @@ def produce(
                 many_lanes, starts_ptr, lens_ptr, None, QUERIES, SCORING, MANY_TILE, MANY_SCHEDULE
             )
         prefers_few = program % 8 < EIGHTHS_FOR_FEW
-        few_programs = num_programs // 8 * EIGHTHS_FOR_FEW + gl.minimum(num_programs % 8, EIGHTHS_FOR_FEW)
-        few_before = program // 8 * EIGHTHS_FOR_FEW + gl.minimum(program % 8, EIGHTHS_FOR_FEW)
+        few_programs, few_before = count_preferring_few(num_programs), count_preferring_few(program)
         few_left = many_left
         is_first = many_left
         while few_left | many_left:
             if few_left & (prefers_few | (not many_left)):
-                number = few_before
-                if not is_first:
-                    number = few_programs + take_ticket(tickets_ptr + 1)
+                number = take_ticket(tickets_ptr + 1, is_first, few_before, few_programs)
                 few_left = number < FEW_SCHEDULE.num_shares * heads
                 if few_left:
                     part, tiles_done, few_left = produce_share(
@@ -631,9 +634,7 @@ def produce(
                         FEW_SCHEDULE,
                     )  # fmt: skip
             else:
-                number = program - few_before
-                if not is_first:
-                    number = num_programs - few_programs + take_ticket(tickets_ptr + 2)
+                number = take_ticket(tickets_ptr + 2, is_first, program - few_before, num_programs - few_programs)
                 many_left = number < MANY_SCHEDULE.num_shares * heads
                 if many_left:
                     part, tiles_done, many_left = produce_share(

@@ -23,6 +23,12 @@ def tanh(x):
 
 
 @triton.jit
+def exponential_of_share(products, scale, SCORING: tl.constexpr):
+    """`exp(2 x)` of logits as shares `x` of the soft cap."""
+    return tl.exp2(products * (scale * (2.0 * LOG2_E / SCORING.soft_cap)))
+
+
+@triton.jit
 def soft_cap(products, scale, SCORING: tl.constexpr, IS_EXACT: tl.constexpr):
     """`cap * tanh(products * scale / cap)` in base 2, finite for every finite product.
 
@@ -34,7 +40,7 @@ def soft_cap(products, scale, SCORING: tl.constexpr, IS_EXACT: tl.constexpr):
     if IS_EXACT or not SCORING.has_fast_cap:
         result = limit * tanh(products * (scale / SCORING.soft_cap))
     else:
-        root = tl.rsqrt(tl.exp2(products * (scale * (2.0 * LOG2_E / SCORING.soft_cap))) + 1.0)
+        root = tl.rsqrt(exponential_of_share(products, scale, SCORING) + 1.0)
         result = limit - (2.0 * limit) * (root * root)
     return result
 
@@ -48,23 +54,6 @@ def reciprocal(x):
         return tl.inline_asm_elementwise(
             "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
         )
-
-
-@triton.jit
-def logits_below_cap(products, scale, CAP: tl.constexpr):
-    """How far `soft_cap` is below the cap, but for a factor, and the factor: `-1 / (1 + exp(2 x))` and `2 CAP log2(e)`.
-
-    As precise as `soft_cap` that need not be exact, with half its instructions: softmax does not mind the difference,
-    `from_cap` makes up for it in the maximum.
-    """
-    exponential = tl.exp2(products * (scale * (2.0 * LOG2_E / CAP)))
-    return reciprocal(-1.0 - exponential), 2.0 * CAP * LOG2_E
-
-
-@triton.jit
-def from_cap(row_max, CAP: tl.constexpr):
-    """Base-2 maximum of logits that were counted from the cap."""
-    return row_max + CAP * LOG2_E
 
 
 @triton.jit
@@ -88,6 +77,29 @@ def base_2_logits(products, scale, SCORING: tl.constexpr, IS_EXACT: tl.constexpr
         else:
             logits = soft_cap(products, scale, SCORING, IS_EXACT)
     return logits, unit
+
+
+@triton.jit
+def logits_from_cap(products, scale, SCORING: tl.constexpr):
+    """`base_2_logits` of 16 bits, but counted from a soft cap that may be approximated: `from_cap` makes up for it.
+
+    How far they are below it is `2 cap log2(e)` times `-1 / (1 + exp(2 x))`: as precise, with half the instructions,
+    and softmax does not mind.
+    """
+    if SCORING.has_fast_cap:
+        logits = reciprocal(-1.0 - exponential_of_share(products, scale, SCORING))
+        unit = 2.0 * SCORING.soft_cap * LOG2_E
+    else:
+        logits, unit = base_2_logits(products, scale, SCORING, False)
+    return logits, unit
+
+
+@triton.jit
+def from_cap(row_max, SCORING: tl.constexpr):
+    """The base-2 maximum of `logits_from_cap`, as if these were not counted from the cap."""
+    if SCORING.has_fast_cap:
+        row_max += SCORING.soft_cap * LOG2_E
+    return row_max
 
 
 @triton.jit
