@@ -6,7 +6,7 @@ in an order drawn from a seed, until it waits. What is asynchronous happens at o
 that comes before its place is free, and a product that is used before it is there, make wrong results; and where all
 wait for each other it is said.
 
-Not shown: weights rounded to 16 bits, layouts and swizzles, registers, and fences.
+Not shown: how weights are packed, layouts and swizzles, registers, and fences.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import Any
 from unittest import mock
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import triton.experimental
 import triton.language as tl
@@ -349,6 +350,12 @@ def _language(threads: Threads) -> dict[str, types.ModuleType]:
     return {_GLUON: gluon, f"{_GLUON}.language": gl, f"{_GLUON}.language.nvidia.hopper": hopper}
 
 
+def _rounded(weights: Any, dtype: Any) -> Any:
+    """For `pack_pairs`: weights of 16 bits, those of bfloat16 where the interpreter has float32 for it."""
+    narrow = jnp.float16 if dtype == tl.float16 else jnp.bfloat16
+    return _tensor(weights.handle.data.astype(narrow).astype(np.float32), tl.float32)
+
+
 class Kernel:
     """The kernel, as the bridge launches interpreted ones."""
 
@@ -390,6 +397,7 @@ def _load(source: Path, threads: Threads) -> Kernel:
     for constant, value in list(vars(module).items()):
         if isinstance(value, tl.constexpr):  # numbers of Python cannot be divided by them
             setattr(module, constant, value.value)
+    vars(module).update(pack_pairs=_rounded, unpack_pairs=lambda pairs, dtype, layout: pairs)
     return Kernel(module.hopper_paged_attention_kernel, threads)
 
 

@@ -131,6 +131,26 @@ def clean(v_tile, start, key_begin, key_end, BOX: gl.constexpr):
 
 
 @gluon.jit
+def pack_pairs(weights, DTYPE: gl.constexpr):
+    """Weights `[ROWS, N]` rounded to 16 bits, two neighbours an integer: `[ROWS, N / 2]`.
+
+    A loop that carries 16-bit numbers puts the halves of a register together anew for every product.
+    """
+    low, high = gl.split(weights.reshape([ROWS, weights.shape[1] // 2, 2]))
+    name: gl.constexpr = "f16x2" if DTYPE == gl.float16 else "bf16x2"
+    instruction: gl.constexpr = "cvt.rn." + name + ".f32 $0, $2, $1;"
+    return gl.inline_asm_elementwise(instruction, "=r,f,f", [low, high], dtype=gl.int32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def unpack_pairs(pairs, DTYPE: gl.constexpr, LAYOUT: gl.constexpr):
+    """The weights `[ROWS, N]` of `pack_pairs`, as the left side of a product."""
+    low = pairs.to(gl.int16).to(DTYPE, bitcast=True)
+    high = (pairs >> 16).to(gl.int16).to(DTYPE, bitcast=True)
+    return gl.convert_layout(gl.join(low, high).reshape([ROWS, 2 * pairs.shape[1]]), LAYOUT)
+
+
+@gluon.jit
 def multiply_scores(q_tile, k_tile, BLOCK_N: gl.constexpr, LAYOUT: gl.constexpr):
     """Begin the products `[ROWS, BLOCK_N]` of queries and keys."""
     zeros = gl.zeros([ROWS, BLOCK_N], gl.float32, LAYOUT)
@@ -185,7 +205,7 @@ def attend_tile(
     q_tile,
     rings,
     barriers,
-    weights,
+    pairs,
     row_max,
     row_sum,
     acc,
@@ -197,11 +217,15 @@ def attend_tile(
     GROUP: gl.constexpr,
     MASKED: gl.constexpr,
 ):
-    """Scores of tile `number` while the values of the tile before are accumulated; its weights and the row state."""
+    """Scores of tile `number` while the values of the tile before are accumulated, whose weights are `pairs`.
+
+    Returns its own weights and the new row state.
+    """
     k_ring, v_ring = rings
     k_full, k_empty, v_full, v_empty, turns = barriers
     block_n: gl.constexpr = k_ring.shape[1]
     rows_layout: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
+    weights = unpack_pairs(pairs, v_ring.dtype, gl.DotOperandLayout(0, acc.type.layout, 2))
     slot, parity = place(first + number, k_ring.shape[0])
     before, parity_before = place(first + number - 1, k_ring.shape[0])
     start = begin + number * block_n
@@ -219,7 +243,7 @@ def attend_tile(
     acc, weights = warpgroup_mma_wait(0, deps=[acc, weights])
     mbarrier.arrive(v_empty.index(before), count=1)
     acc = acc * gl.convert_layout(rescale, rows_layout)[:, None]
-    return gl.convert_layout(new_weights.to(weights.dtype), weights.type.layout), row_max, row_sum, acc
+    return pack_pairs(new_weights, v_ring.dtype), row_max, row_sum, acc
 
 
 @gluon.jit
@@ -370,24 +394,24 @@ def consume(
         weights, _, row_max, row_sum = weigh(
             products, begin, lanes, row_begin, row_end, row_max, row_sum, score_scale, SCORING, True
         )
-        weights = gl.convert_layout(weights.to(q_ptr.dtype.element_ty), weights_layout)
+        pairs = pack_pairs(weights, v_ring.dtype)
         acc = gl.zeros([ROWS, TILE.block_dv], gl.float32, out_layout)
         if SCORING.window_left is not None:
             mbarrier.wait(v_full.index(slot), parity)
             clean(v_ring.index(slot), begin, key_begin, key_end, BOX)
             for number in range(1, first_whole):
-                weights, row_max, row_sum, acc = attend_tile(
-                    number, first, part, begin, q_tile, rings, barriers, weights, row_max, row_sum, acc, lanes,
+                pairs, row_max, row_sum, acc = attend_tile(
+                    number, first, part, begin, q_tile, rings, barriers, pairs, row_max, row_sum, acc, lanes,
                     row_begin, row_end, score_scale, SCORING, GROUP, True,
                 )  # fmt: skip
         for number in range(first_whole, end_whole):
-            weights, row_max, row_sum, acc = attend_tile(
-                number, first, part, begin, q_tile, rings, barriers, weights, row_max, row_sum, acc, lanes,
+            pairs, row_max, row_sum, acc = attend_tile(
+                number, first, part, begin, q_tile, rings, barriers, pairs, row_max, row_sum, acc, lanes,
                 row_begin, row_end, score_scale, SCORING, GROUP, False,
             )  # fmt: skip
         for number in range(end_whole, num_computed):
-            weights, row_max, row_sum, acc = attend_tile(
-                number, first, part, begin, q_tile, rings, barriers, weights, row_max, row_sum, acc, lanes,
+            pairs, row_max, row_sum, acc = attend_tile(
+                number, first, part, begin, q_tile, rings, barriers, pairs, row_max, row_sum, acc, lanes,
                 row_begin, row_end, score_scale, SCORING, GROUP, True,
             )  # fmt: skip
         if OFTEN_FEW:
@@ -396,6 +420,7 @@ def consume(
         slot, parity = place(first + num_tiles - 1, k_ring.shape[0])
         mbarrier.wait(v_full.index(slot), parity)
         clean(v_ring.index(slot), begin + (num_tiles - 1) * block_n, key_begin, key_end, BOX)
+        weights = unpack_pairs(pairs, v_ring.dtype, weights_layout)
         acc = warpgroup_mma(weights, v_ring.index(slot), acc, is_async=True)
         first += num_tiles
 
