@@ -290,6 +290,7 @@ def _language(threads: Threads) -> dict[str, types.ModuleType]:
     vars(gl).update(
         constexpr=tl.constexpr,
         int32=tl.int32,
+        float16=tl.float16,
         int64=tl.int64,
         float32=tl.float32,
         static_range=range,

@@ -134,6 +134,29 @@ def test_products_are_not_waited_for_one_by_one() -> None:
     assert binary.wgmma >= 8 * binary.wgmma_waits
 
 
+def test_weights_are_not_packed_anew_for_every_product() -> None:
+    """A loop that carries them as 16-bit numbers has 32 more instructions, one that masks 64: twice, 192 together.
+
+    Finished rows take the others.
+    """
+    finishing, loops = 262, 192
+    assert Prompts().binary().sass.count("PRMT") < finishing + loops // 4
+
+
+@pytest.mark.parametrize(
+    ("options", "is_bounded"),
+    [
+        ({"logits_soft_cap": 50.0}, True),
+        ({"logits_soft_cap": 60.0}, False),
+        ({"logits_soft_cap": 50.0, "return_lse": True}, False),
+    ],
+    ids=str,
+)
+def test_logits_under_a_small_soft_cap_need_no_maximum(options: dict[str, Any], is_bounded: bool) -> None:
+    maxima = Prompts().binary(**options).sass.count("FMNMX")
+    assert maxima < 64 if is_bounded else maxima > 256
+
+
 @pytest.mark.parametrize("name", ["llama", "mixed"])
 def test_a_warpgroup_is_complete_when_it_arrives_at_a_barrier(name: str) -> None:
     """One thread arrives for all. A warp that lagged behind would find a phase of the same parity, two turns later.

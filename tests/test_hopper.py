@@ -58,6 +58,12 @@ VARIANTS: dict[str, Case] = {
     "not_causal": BASE.replace(causal=False),
     "window_with_a_middle": BASE.replace(window=1000, query_lens=(40, 30), kv_lens=(3000, 1500)),
     "cap": BASE.replace(soft_cap=5.0, query_gain=5.0),
+    "cap_window_sinks": BASE.replace(soft_cap=30.0, window=90, sinks=1),
+    "cap_with_a_reference": BASE.replace(soft_cap=50.0, query_gain=5.0),
+    "cap_and_all_far_below": BASE.replace(soft_cap=50.0, negative_logits=True),
+    "cap_reached": BASE.replace(soft_cap=30.0, query_gain=1000.0),
+    "cap_beyond_bounds": BASE.replace(soft_cap=60.0, query_gain=5.0),
+    "cap_float16": BASE.replace(soft_cap=5.0, dtype="float16"),
     "cap_beyond_the_fast_one": BASE.replace(soft_cap=2000.0, query_gain=5.0),
     "sinks_lse": BASE.replace(sinks=1, return_lse=True),
     "lse": BASE.replace(return_lse=True),
@@ -103,7 +109,11 @@ def test_matches_float64(variant: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "variant", ["plain", "d64", "window", "window_with_a_middle", "sinks_lse", "long_decodes_sinks_lse", "chunk"]
+    "variant",
+    [
+        *("plain", "d64", "window", "window_with_a_middle", "cap_window_sinks"),
+        *("sinks_lse", "long_decodes_sinks_lse", "chunk"),
+    ],
 )
 def test_split_keys(variant: str) -> None:
     check(VARIANTS[variant], **SPLITS[VARIANTS[variant].operation])

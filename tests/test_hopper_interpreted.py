@@ -39,12 +39,17 @@ CASES: dict[str, tuple[Case, dict[str, Any]]] = {
     "mixed_split_often": (MIXED, {"min_tiles_per_split": 1, "num_stages": 4}),
     "mixed_window": (MIXED.replace(window=50), {}),
     "mixed_both_ways": (MIXED.replace(window=(40, 9), causal=False, page_size=8), {}),
+    "mixed_cap": (MIXED.replace(window=(60, 0), soft_cap=20.0, sinks=1), {"min_tiles_per_split": 1}),
+    "mixed_cap_float16": (MIXED.replace(soft_cap=20.0, dtype="float16"), {}),
     "mixed_everything": (MIXED.replace(window=(60, 0), soft_cap=20.0, sinks=1, return_lse=True), {}),
     "mixed_forced_splits": (MIXED.replace(return_lse=True), {"num_par_softmax_segments": 3}),
     "long_pages": (MIXED.replace(page_size=64, kv_layout="PHTD"), {}),
     "heads_outside": (MIXED.replace(kv_layout="HPTD", dtype="float16", spare_pages=30), {}),
     "groups_of_three": (MIXED.replace(num_q_heads=6, kv_scale="head"), {}),
     "prompt": (PROMPT, {}),
+    "prompt_cap": (PROMPT.replace(soft_cap=50.0, sinks=1), {}),
+    "prompt_far_below_cap": (PROMPT.replace(soft_cap=50.0, negative_logits=True), {}),
+    "prompt_at_cap": (PROMPT.replace(soft_cap=30.0, query_gain=1000.0), {}),
     "prompt_window": (PROMPT.replace(window=40, sinks=1), {"num_stages": 3}),
     "chunk_in_shares": (CHUNK.replace(return_lse=True), {"min_tiles_per_split": 1}),
 }
@@ -120,8 +125,9 @@ def test_problems_that_nobody_chose(
 
 _FIRST_CLEAN = "clean(v_ring.index(slot), begin, key_begin, key_end, BOX)"
 _LAST_CLEAN = "clean(v_ring.index(slot), begin + (num_tiles - 1) * block_n, key_begin, key_end, BOX)"
-_SCORES = "products = warpgroup_mma_wait(1, deps=[products])"
+_SCORES = "products = warpgroup_mma_wait(2 if IS_BOUNDED else 1, deps=[products])"
 _VALUES = "acc, weights = warpgroup_mma_wait(0, deps=[acc, weights])\n    "
+_LAST_SUMS = "row_sum = warpgroup_mma(weights, rings[2], row_sum, is_async=True)\n        first"
 _GIVE_BACK = "mbarrier.arrive(v_empty.index(before), count=1)\n    "
 
 BUGS: dict[str, tuple[str, str, str]] = {
@@ -154,9 +160,11 @@ BUGS: dict[str, tuple[str, str, str]] = {
     ),
     "turn_that_never_ends": (
         "prompt",
-        "v_ring.index(before), acc, is_async=True)\n    end_turn(turns, GROUP)\n",
-        "v_ring.index(before), acc, is_async=True)\n",
+        "end_turn(turns, GROUP)\n    products",
+        "products",
     ),
+    "last_weights_not_summed": ("mixed_cap", _LAST_SUMS, "pass\n"),
+    "bounded_scores_from_another_maximum": ("prompt_cap", "[ROWS], SCORING.bounded_max,", "[ROWS], 0.0,"),
     "row_tiles_cut_in_secret": ("mixed_split_often", "gl.store(tickets_ptr, 1, mask=num_splits > 1)", "pass"),
     "one_counter_for_both_kinds": ("mixed", "take_ticket(tickets_ptr + 2,", "take_ticket(tickets_ptr + 1,"),
     "partial_results_one_row_apart": ("mixed_split_often", "kv_head) * TILE.block_m\n", "kv_head)\n"),

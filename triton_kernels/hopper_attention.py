@@ -37,6 +37,7 @@ from triton_kernels.scores import from_cap, hide, load_score_scale, logits_from_
 from triton_kernels.split_reduce import store_partial
 
 ROWS = tl.constexpr(64)  # of a warpgroup
+NARROWEST = tl.constexpr(8)  # columns of a product
 WARPS = tl.constexpr(4)  # of a warpgroup
 CONSUMER_REGISTERS = tl.constexpr(232)
 PRODUCER_REGISTERS = tl.constexpr(40)
@@ -96,7 +97,7 @@ def fetch_tiles(
     CACHE: gl.constexpr,
 ):
     """Fetch every tile of K and V of a part as soon as its slot is free."""
-    k_ring, v_ring = rings
+    k_ring, v_ring = rings[0], rings[1]
     k_full, k_empty, v_full, v_empty, _turns = barriers
     block_n: gl.constexpr = k_ring.shape[1]
     box: gl.constexpr = k_desc.block_shape[0]
@@ -137,7 +138,7 @@ def pack_pairs(weights, DTYPE: gl.constexpr):
     A loop that carries 16-bit numbers puts the halves of a register together anew for every product.
     """
     low, high = gl.split(weights.reshape([ROWS, weights.shape[1] // 2, 2]))
-    name: gl.constexpr = "f16x2" if DTYPE == gl.float16 else "bf16x2"
+    name: gl.constexpr = "f16x2" if gl.float16 == DTYPE else "bf16x2"
     instruction: gl.constexpr = "cvt.rn." + name + ".f32 $0, $2, $1;"
     return gl.inline_asm_elementwise(instruction, "=r,f,f", [low, high], dtype=gl.int32, is_pure=True, pack=1)
 
@@ -181,6 +182,15 @@ def weigh(
 
 
 @gluon.jit
+def weigh_bounded(products, start, lanes, row_begin, row_end, score_scale, SCORING: gl.constexpr, MASKED: gl.constexpr):
+    """Weights of a tile of products under a soft cap so small that they need no maximum: `2^-110` to `2^49`."""
+    scores, _ = logits_from_cap(products, score_scale, SCORING)
+    if MASKED:
+        scores = hide(scores, start + lanes, row_begin, row_end)
+    return tl.exp2(scores if SCORING.bounded_max == 0.0 else scores - SCORING.bounded_max)
+
+
+@gluon.jit
 def await_turn(number, first, part, turns, GROUP: gl.constexpr):
     """Wait until the other warpgroup has begun its products of this tile, or of the last one if this group is first.
 
@@ -214,14 +224,17 @@ def attend_tile(
     row_end,
     score_scale,
     SCORING: gl.constexpr,
+    IS_BOUNDED: gl.constexpr,
     GROUP: gl.constexpr,
     MASKED: gl.constexpr,
 ):
     """Scores of tile `number` while the values of the tile before are accumulated, whose weights are `pairs`.
 
-    Returns its own weights and the new row state.
+    Returns its own weights and the new row state. The maximum of bounded scores does not change, and the sums of their
+    weights are products as well, of what these were rounded to: without that, rows of one key would be off, as nothing
+    makes its weight 1.
     """
-    k_ring, v_ring = rings
+    k_ring, v_ring = rings[0], rings[1]
     k_full, k_empty, v_full, v_empty, turns = barriers
     block_n: gl.constexpr = k_ring.shape[1]
     rows_layout: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
@@ -234,22 +247,29 @@ def attend_tile(
     products = multiply_scores(q_tile, k_ring.index(slot), block_n, lanes.type.layout.parent)
     mbarrier.wait(v_full.index(before), parity_before)
     acc = warpgroup_mma(weights, v_ring.index(before), acc, is_async=True)
+    if IS_BOUNDED:
+        row_sum = warpgroup_mma(weights, rings[2], row_sum, is_async=True)
     end_turn(turns, GROUP)
-    products = warpgroup_mma_wait(1, deps=[products])
+    products = warpgroup_mma_wait(2 if IS_BOUNDED else 1, deps=[products])
     mbarrier.arrive(k_empty.index(slot), count=1)
-    new_weights, rescale, row_max, row_sum = weigh(
-        products, start, lanes, row_begin, row_end, row_max, row_sum, score_scale, SCORING, MASKED
-    )
-    acc, weights = warpgroup_mma_wait(0, deps=[acc, weights])
+    if IS_BOUNDED:
+        new_weights = weigh_bounded(products, start, lanes, row_begin, row_end, score_scale, SCORING, MASKED)
+        acc, row_sum, weights = warpgroup_mma_wait(0, deps=[acc, row_sum, weights])
+    else:
+        new_weights, rescale, row_max, row_sum = weigh(
+            products, start, lanes, row_begin, row_end, row_max, row_sum, score_scale, SCORING, MASKED
+        )
+        acc, weights = warpgroup_mma_wait(0, deps=[acc, weights])
     mbarrier.arrive(v_empty.index(before), count=1)
-    acc = acc * gl.convert_layout(rescale, rows_layout)[:, None]
+    if not IS_BOUNDED:
+        acc = acc * gl.convert_layout(rescale, rows_layout)[:, None]
     return pack_pairs(new_weights, v_ring.dtype), row_max, row_sum, acc
 
 
 @gluon.jit
 def pass_tile(number, first, part, rings, barriers, GROUP: gl.constexpr):
     """What `attend_tile` does to barriers, and nothing else: its turn need not wait for the keys."""
-    k_ring, _ = rings
+    k_ring = rings[0]
     k_full, k_empty, v_full, v_empty, turns = barriers
     slot, parity = place(first + number, k_ring.shape[0])
     before, parity_before = place(first + number - 1, k_ring.shape[0])
@@ -339,6 +359,7 @@ def consume(
     TILE: gl.constexpr,
     BOX: gl.constexpr,
     OFTEN_FEW: gl.constexpr,
+    IS_BOUNDED: gl.constexpr,
     GROUP: gl.constexpr,
 ):
     """Attention of the rows of warpgroup `GROUP` in every part, over the tiles that `produce` fetches.
@@ -346,13 +367,14 @@ def consume(
     The rows are written, or a partial result where a part has the first row of one.
     """
     q_ptr, sink_ptr, k_scale_ptr, v_scale_ptr, out_ptr, lse_ptr, partial_out_ptr, partial_lse_ptr = arrays
-    k_ring, v_ring = rings
+    k_ring, v_ring = rings[0], rings[1]
     k_full, k_empty, v_full, v_empty, _turns = barriers
     part_ring, part_full, part_empty = parts
     block_n: gl.constexpr = TILE.block_n
     scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, block_n, 16])
     out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, TILE.block_dv, 16])
     weights_layout: gl.constexpr = gl.DotOperandLayout(0, out_layout, 2)
+    sums_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, NARROWEST, 16])
     score_rows: gl.constexpr = gl.SliceLayout(1, scores_layout)
     out_rows_layout: gl.constexpr = gl.SliceLayout(1, out_layout)
     q_tile = q_ring.index(GROUP)
@@ -389,11 +411,16 @@ def consume(
         products = multiply_scores(q_tile, k_ring.index(slot), block_n, scores_layout)
         products = warpgroup_mma_wait(0, deps=[products])
         mbarrier.arrive(k_empty.index(slot), count=1)
-        row_max = gl.full([ROWS], float("-inf"), gl.float32, score_rows)
-        row_sum = gl.zeros([ROWS], gl.float32, score_rows)
-        weights, _, row_max, row_sum = weigh(
-            products, begin, lanes, row_begin, row_end, row_max, row_sum, score_scale, SCORING, True
-        )
+        if IS_BOUNDED:
+            row_max = gl.full([ROWS], SCORING.bounded_max, gl.float32, score_rows)
+            row_sum = gl.zeros([ROWS, NARROWEST], gl.float32, sums_layout)
+            weights = weigh_bounded(products, begin, lanes, row_begin, row_end, score_scale, SCORING, True)
+        else:
+            row_max = gl.full([ROWS], float("-inf"), gl.float32, score_rows)
+            row_sum = gl.zeros([ROWS], gl.float32, score_rows)
+            weights, _, row_max, row_sum = weigh(
+                products, begin, lanes, row_begin, row_end, row_max, row_sum, score_scale, SCORING, True
+            )
         pairs = pack_pairs(weights, v_ring.dtype)
         acc = gl.zeros([ROWS, TILE.block_dv], gl.float32, out_layout)
         if SCORING.window_left is not None:
@@ -402,17 +429,17 @@ def consume(
             for number in range(1, first_whole):
                 pairs, row_max, row_sum, acc = attend_tile(
                     number, first, part, begin, q_tile, rings, barriers, pairs, row_max, row_sum, acc, lanes,
-                    row_begin, row_end, score_scale, SCORING, GROUP, True,
+                    row_begin, row_end, score_scale, SCORING, IS_BOUNDED, GROUP, True,
                 )  # fmt: skip
         for number in range(first_whole, end_whole):
             pairs, row_max, row_sum, acc = attend_tile(
                 number, first, part, begin, q_tile, rings, barriers, pairs, row_max, row_sum, acc, lanes,
-                row_begin, row_end, score_scale, SCORING, GROUP, False,
+                row_begin, row_end, score_scale, SCORING, IS_BOUNDED, GROUP, False,
             )  # fmt: skip
         for number in range(end_whole, num_computed):
             pairs, row_max, row_sum, acc = attend_tile(
                 number, first, part, begin, q_tile, rings, barriers, pairs, row_max, row_sum, acc, lanes,
-                row_begin, row_end, score_scale, SCORING, GROUP, True,
+                row_begin, row_end, score_scale, SCORING, IS_BOUNDED, GROUP, True,
             )  # fmt: skip
         if OFTEN_FEW:
             for number in range(num_computed, num_tiles):
@@ -422,6 +449,8 @@ def consume(
         clean(v_ring.index(slot), begin + (num_tiles - 1) * block_n, key_begin, key_end, BOX)
         weights = unpack_pairs(pairs, v_ring.dtype, weights_layout)
         acc = warpgroup_mma(weights, v_ring.index(slot), acc, is_async=True)
+        if IS_BOUNDED:
+            row_sum = warpgroup_mma(weights, rings[2], row_sum, is_async=True)
         first += num_tiles
 
         # The queries have done their work: those of the next part come while this one is finished.
@@ -436,17 +465,22 @@ def consume(
         )
         fetch_queries(q_ptr, q_tile, first_token, num_tokens, first_row, kv_head, QUERIES, CACHE, TILE, GROUP)
 
-        acc, weights = warpgroup_mma_wait(0, deps=[acc, weights])
+        if IS_BOUNDED:
+            acc, sums, weights = warpgroup_mma_wait(0, deps=[acc, row_sum, weights])
+            sums = gl.max(sums, 1)  # all columns are alike
+        else:
+            acc, weights = warpgroup_mma_wait(0, deps=[acc, weights])
+            sums = row_sum
         mbarrier.arrive(v_empty.index(slot), count=1)
         row_max = gl.convert_layout(from_cap(row_max, SCORING), out_rows_layout)
-        row_sum = gl.convert_layout(row_sum, out_rows_layout)
+        row_sums = gl.convert_layout(sums, out_rows_layout)
         if partial_out_ptr is None or my_partial < 0:
             lse_row_ptr = lse_ptr
             if lse_ptr is not None:
                 lse_row_ptr += tile_row
             store_rows(
                 row_max,
-                row_sum,
+                row_sums,
                 acc,
                 out_rows,
                 heads,
@@ -463,7 +497,7 @@ def consume(
         else:
             store_partial(
                 row_max,
-                row_sum,
+                row_sums,
                 acc,
                 my_partial,
                 tile_rows,
@@ -704,6 +738,15 @@ def hopper_paged_attention_kernel(
     q_ring = gl.allocate_shared_memory(dtype, [groups, ROWS, MANY_TILE.block_d], SWIZZLED)
     k_ring = gl.allocate_shared_memory(dtype, [num_slots, MANY_TILE.block_n, MANY_TILE.block_d], SWIZZLED)
     v_ring = gl.allocate_shared_memory(dtype, [num_slots, MANY_TILE.block_n, MANY_TILE.block_dv], SWIZZLED)
+    # Sums of rounded weights are no LSE for a caller, and float16 does not hold the smallest of them.
+    is_bounded: gl.constexpr = SCORING.bounded_max is not None and lse_ptr is None and dtype != gl.float16
+    rings = (k_ring, v_ring)
+    if is_bounded:
+        ones_tile = gl.allocate_shared_memory(dtype, [NARROWEST, MANY_TILE.block_n], SWIZZLED)
+        filled: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
+        ones_tile.store(gl.full([NARROWEST, MANY_TILE.block_n], 1.0, dtype, filled))
+        fence_async_shared()
+        rings = (k_ring, v_ring, ones_tile.permute((1, 0)))
     k_full = mbarrier.allocate_mbarrier(batch=num_slots)
     k_empty = mbarrier.allocate_mbarrier(batch=num_slots)
     v_full = mbarrier.allocate_mbarrier(batch=num_slots)
@@ -723,7 +766,6 @@ def hopper_paged_attention_kernel(
     for group in gl.static_range(2):
         mbarrier.init(turns.index(group), count=1)
     parts = (part_ring, part_full, part_empty)
-    rings = (k_ring, v_ring)
     barriers = (k_full, k_empty, v_full, v_empty, turns)
     arrays = (q_ptr, sink_ptr, k_scale_ptr, v_scale_ptr, out_ptr, lse_ptr, partial_out_ptr, partial_lse_ptr)
     box: gl.constexpr = k_desc.block_shape[0]
@@ -734,14 +776,14 @@ def hopper_paged_attention_kernel(
                 consume,
                 (
                     q_ring, rings, barriers, parts, arrays, K_SCALE_STRIDE, V_SCALE_STRIDE, QUERIES, CACHE, SCORING,
-                    MANY_TILE, box, often_few, 0,
+                    MANY_TILE, box, often_few, is_bounded, 0,
                 ),
             ),
             (
                 consume,
                 (
                     q_ring, rings, barriers, parts, arrays, K_SCALE_STRIDE, V_SCALE_STRIDE, QUERIES, CACHE, SCORING,
-                    MANY_TILE, box, often_few, 1,
+                    MANY_TILE, box, often_few, is_bounded, 1,
                 ),
             ),
             (

@@ -23,9 +23,9 @@ def tanh(x):
 
 
 @triton.jit
-def exponential_of_share(products, scale, SCORING: tl.constexpr):
-    """`exp(2 x)` of logits as shares `x` of the soft cap."""
-    return tl.exp2(products * (scale * (2.0 * LOG2_E / SCORING.soft_cap)))
+def doubled_share(products, scale, SCORING: tl.constexpr):
+    """The exponent of 2 that gives `exp(2 x)` of logits as shares `x` of the soft cap."""
+    return products * (scale * (2.0 * LOG2_E / SCORING.soft_cap))
 
 
 @triton.jit
@@ -40,7 +40,7 @@ def soft_cap(products, scale, SCORING: tl.constexpr, IS_EXACT: tl.constexpr):
     if IS_EXACT or not SCORING.has_fast_cap:
         result = limit * tanh(products * (scale / SCORING.soft_cap))
     else:
-        root = tl.rsqrt(exponential_of_share(products, scale, SCORING) + 1.0)
+        root = tl.rsqrt(tl.exp2(doubled_share(products, scale, SCORING)) + 1.0)
         result = limit - (2.0 * limit) * (root * root)
     return result
 
@@ -83,12 +83,13 @@ def base_2_logits(products, scale, SCORING: tl.constexpr, IS_EXACT: tl.constexpr
 def logits_from_cap(products, scale, SCORING: tl.constexpr):
     """`base_2_logits` of 16 bits, but counted from a soft cap that may be approximated: `from_cap` makes up for it.
 
-    How far they are below it is `2 cap log2(e)` times `-1 / (1 + exp(2 x))`: as precise, with half the instructions,
-    and softmax does not mind.
+    How far they are below it is `span / (1 + exp(2 x))` with the span `2 cap log2(e)`: as precise, with half the
+    instructions, and softmax does not mind. The exponential and 1 are divided by the span before they are added.
     """
+    unit = 1.0
     if SCORING.has_fast_cap:
-        logits = reciprocal(-1.0 - exponential_of_share(products, scale, SCORING))
-        unit = 2.0 * SCORING.soft_cap * LOG2_E
+        share = tl.exp2(doubled_share(products, scale, SCORING) - SCORING.log_cap_span)
+        logits = reciprocal(-1.0 / SCORING.cap_span - share)
     else:
         logits, unit = base_2_logits(products, scale, SCORING, False)
     return logits, unit

@@ -1,10 +1,13 @@
 """What kernels are compiled for, one constexpr each: sizes and strides, score function, tiles, schedule."""
 
+import math
 from dataclasses import dataclass
 
 import triton.language as tl
 
 LARGEST_FAST_CAP = 1024.0
+WEIGHT_BITS = 110.0
+LARGEST_BOUNDED_SPAN = 160.0  # of logits under a soft cap of 55
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,27 @@ class Scoring:
     def has_fast_cap(self) -> bool:
         """Whether a soft cap is so small that its approximation is exact enough for 16 bits."""
         return self.soft_cap is not None and self.soft_cap <= LARGEST_FAST_CAP
+
+    @property
+    def cap_span(self) -> float:
+        """Between the smallest and the largest base-2 logit under a soft cap, which there must be."""
+        assert self.soft_cap is not None
+        return 2 * self.soft_cap * math.log2(math.e)
+
+    @property
+    def log_cap_span(self) -> float:
+        return math.log2(self.cap_span)
+
+    @property
+    def bounded_max(self) -> float | None:
+        """What may stand for the maximum of base-2 logits, counted from a soft cap, whatever they are.
+
+        The smallest weight is then `2^-WEIGHT_BITS` or more; float32 and bfloat16 hold it and sums of the largest ones.
+        None without a cap, or with one too large for that.
+        """
+        if self.soft_cap is None or self.cap_span > LARGEST_BOUNDED_SPAN:
+            return None
+        return min(0.0, WEIGHT_BITS - self.cap_span)
 
 
 @dataclass(frozen=True)
