@@ -14,6 +14,7 @@ INK, GRID = "#333333", "#d9d9d9"
 COLOURS = ("#4477aa", "#cc3311", "#228833", "#aa7744", "#8844aa", "#777777")
 MARKERS = ("o", "s", "^", "D", "v", "P")
 LINES = ("-", ":", "--", "-.")
+OPEN: dict[str, Any] = {"linestyle": "", "markerfacecolor": "white", "markersize": 6.5, "zorder": 3}
 SIZE, DPI = (9.0, 5.0), 130  # inches: text stays readable where the picture is shown 900 pixels wide
 
 DATASHEET_MATRIX_RATES = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12}
@@ -145,7 +146,8 @@ def plot_contexts(results: Results, path: Path) -> None:
     """
     families: dict[str, list[CaseReport]] = {}
     for report in results.group("contexts"):
-        families.setdefault(f"{report.case.num_seqs} sequences", []).append(report)
+        num_seqs = report.case.num_seqs
+        families.setdefault(f"{num_seqs} sequence{'s' if num_seqs > 1 else ''}", []).append(report)
     with _family_figure(
         results, families, path, lambda report: report.case.lengths[0], "keys of each sequence"
     ) as axes:
@@ -166,6 +168,8 @@ def _family_figure(
         for line, (family, reports) in zip(LINES, families.items(), strict=False):
             for name, style in _styles(results):
                 _draw(axes, reports, place, name, _us, label=f"{name}, {family}", ls=line, **style)
+        if any(_is_host_bound(report, OURS) for reports in families.values() for report in reports):
+            axes.plot([], [], **OPEN, color=INK, marker="o", label="open: the host was the limit")
         _log2_axis(axes, ticks, label)
         axes.set_yscale("log")
         axes.set_ylabel("us a call")
@@ -180,10 +184,19 @@ def _draw(
     height: Callable[[CaseReport, str], float],
     **style: Any,
 ) -> None:
-    points = sorted((place(report), height(report, name)) for report in reports)
-    points = [point for point in points if not math.isnan(point[1])]
-    if points:
-        axes.plot(*zip(*points, strict=True), **style)
+    drawn = sorted((place(report), height(report, name), _is_host_bound(report, name)) for report in reports)
+    drawn = [point for point in drawn if not math.isnan(point[1])]
+    if drawn:
+        places, heights, _ = zip(*drawn, strict=True)
+        axes.plot(places, heights, **style)
+    for x, y, is_open in drawn:
+        if is_open:
+            axes.plot([x], [y], **OPEN, color=style["color"], marker=style["marker"])
+
+
+def _is_host_bound(report: CaseReport, name: str) -> bool:
+    timing = report.timing(name)
+    return timing is not None and timing.host_bound
 
 
 def _terabytes(report: CaseReport, name: str) -> float:

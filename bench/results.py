@@ -44,11 +44,16 @@ class CaseReport:
         timed = [(m.timing.median, m) for m in self.measurements if m.timing is not None and m.failure is None]
         return sorted(timed, key=lambda pair: pair[0])
 
-    def seconds(self, name: str) -> float:
-        """Median seconds a call of a peer, or of our best configuration where `name` is `OURS`; NaN if not timed."""
+    def timing(self, name: str) -> Timing | None:
+        """That of a peer, or of our best configuration where `name` is `OURS`; None if not timed."""
         if name == OURS:
-            return self.timed[0][0] if self.timed else math.nan
-        return self.peers[name].median if name in self.peers else math.nan
+            return self.timed[0][1].timing if self.timed else None
+        return self.peers.get(name)
+
+    def seconds(self, name: str) -> float:
+        """Median seconds a call of a peer or of ours; NaN if not timed."""
+        timing = self.timing(name)
+        return math.nan if timing is None else timing.median
 
 
 @dataclass(frozen=True)

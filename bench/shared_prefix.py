@@ -83,7 +83,7 @@ def share_prefix(case: AttentionCase, arguments: ArgumentSet, shared: int) -> Ar
 
 
 def _flat(platform: str, *arrays: Any) -> jax.Array:
-    key_cache, value_cache, queries, lens, tables, starts = arrays
+    key_cache, value_cache, starts, queries, lens, tables = arrays
     attended: jax.Array = unified_attention(
         queries, key_cache, value_cache, lens, tables, starts, kv_layout=LAYOUT, platform=platform
     )
@@ -91,9 +91,11 @@ def _flat(platform: str, *arrays: Any) -> jax.Array:
 
 
 def _recipe(platform: str, *arrays: Any) -> jax.Array:
-    key_cache, value_cache, queries, *parts = arrays
-    answer = attend_shared_prefix(queries, key_cache, value_cache, *parts, kv_layout=LAYOUT, platform=platform)
-    return answer[0]
+    key_cache, value_cache, starts, queries, *parts = arrays
+    attended, _ = attend_shared_prefix(
+        *(queries, key_cache, value_cache, *parts, starts), kv_layout=LAYOUT, platform=platform
+    )
+    return attended
 
 
 def time_shared_length(shared: int, pool: Pool, case: AttentionCase, options: argparse.Namespace) -> dict[str, Timing]:
@@ -107,18 +109,19 @@ def time_shared_length(shared: int, pool: Pool, case: AttentionCase, options: ar
     check = build_check(case, pool.caches, pool.layout, sets[0])
     starts, lens = jnp.asarray(case.query_start_loc), jnp.array(case.lengths, jnp.int32)
     flat, recipe = [], []
-    for each in sets:  # an engine has the tables of both parts ready, as it has those of the flat call
+    # An engine has the tables of both parts ready, as it has those of the flat call, and a step the same starts.
+    for each in sets:
         query, tables = jnp.asarray(each.query, jnp.bfloat16), jnp.asarray(each.block_tables)
         prefix_pages, own_tables = jnp.split(tables, [shared // case.page_size], axis=1)
-        flat.append((query, lens, tables, starts))
-        recipe.append((query, jnp.array([shared]), prefix_pages[:1], lens - shared, own_tables, starts))
+        flat.append((query, lens, tables))
+        recipe.append((query, jnp.array([shared]), prefix_pages[:1], lens - shared, own_tables))
     ways: dict[str, tuple[Callable[..., jax.Array], list[Any]]] = {
         "flat": (functools.partial(_flat, options.platform), flat),
         "recipe": (functools.partial(_recipe, options.platform), recipe),
     }
     timings = {}
     for name, (way, arrays) in ways.items():
-        program = compile_program(way, arrays, shared=pool.caches, calls_per_program=calls)
+        program = compile_program(way, arrays, shared=(*pool.caches, starts), calls_per_program=calls)
         if not (error := check.error(program.run(0)[0])) <= ROW_TOLERANCE:
             raise ArithmeticError(f"{name} over {shared} shared tokens: row error {error:.2e}, allowed {ROW_TOLERANCE}")
         timings[name] = measure_program(program, **sampling_of(options))

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
 
 import pytest
 
-from bench import report
+from bench import plots, report
 from bench.cases import GROUPS, parse_case
 from bench.regression import BASELINES
-from bench.results import Results, write_json
+from bench.results import OURS, Results, write_json
 from bench.serving import main as serve
 from tests.test_bench_unified import results_of
 
@@ -52,6 +53,19 @@ def test_every_picture_shows_something(tmp_path: Path) -> None:
     for picture in section.pictures:
         assert_shows_something(picture.path)
     assert "decode: fa3 / ours 1.25 (least 1.25)" in [table.title for table in section.tables]
+
+
+def test_points_that_the_host_bounded_are_drawn_open(tmp_path: Path) -> None:
+    results = scaling_results()
+    one = results.group("contexts")[0]
+    timing = one.timing(OURS)
+    assert timing is not None
+    slow = dataclasses.replace(one.measurements[0], timing=dataclasses.replace(timing, host=timing.median))
+    bounded = dataclasses.replace(one, measurements=(slow,))
+    reports = [bounded if report is one else report for report in results.reports]
+    plots.plot_contexts(results, tmp_path / "filled.png")
+    plots.plot_contexts(dataclasses.replace(results, reports=reports), tmp_path / "open.png")
+    assert (tmp_path / "filled.png").read_bytes() != (tmp_path / "open.png").read_bytes()
 
 
 def test_the_page_needs_nothing_else(tmp_path: Path) -> None:
