@@ -133,13 +133,17 @@ class Descriptor:
 
 
 class Threads:
-    """Threads of which one runs at a time; where they wait another goes on, drawn from those that can."""
+    """Threads of which one runs at a time; where they wait another goes on, drawn from those that can.
+
+    Some are drawn much more often than others, and so get ahead of them as far as they may.
+    """
 
     def __init__(self, seed: int, *, is_eager: bool) -> None:
         self.random, self.is_eager = random.Random(seed), is_eager
         self.conditions: dict[threading.Thread, Callable[[], bool]] = {}
         self.turns: dict[threading.Thread, threading.Semaphore] = {}
         self.programs: dict[threading.Thread, int] = {}
+        self.haste: dict[threading.Thread, int] = {}
         self.products: dict[threading.Thread, list[Callable[[], None]]] = {}
         self.failure: BaseException | None = None
 
@@ -161,6 +165,7 @@ class Threads:
         self.conditions[thread] = lambda: True
         self.turns[thread] = threading.Semaphore(0)
         self.programs[thread], self.products[thread] = program, []
+        self.haste[thread] = self.random.choice((1, 20, 400))
         thread.start()
         return thread
 
@@ -201,7 +206,8 @@ class Threads:
         if not able:
             self.failure = AssertionError("a deadlock: all warps wait for each other")
             able = list(self.conditions)
-        self.turns[self.random.choice(able)].release()
+        (chosen,) = self.random.choices(able, [self.haste[thread] for thread in able])
+        self.turns[chosen].release()
 
 
 def _language(threads: Threads) -> dict[str, types.ModuleType]:
