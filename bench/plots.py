@@ -15,6 +15,7 @@ COLOURS = ("#4477aa", "#cc3311", "#228833", "#aa7744", "#8844aa", "#777777")
 MARKERS = ("o", "s", "^", "D", "v", "P")
 LINES = ("-", ":", "--", "-.")
 OPEN: dict[str, Any] = {"linestyle": "", "markerfacecolor": "white", "markersize": 6.5, "zorder": 3}
+OPEN_LABEL = "open: the host was the limit"
 SIZE, DPI = (9.0, 5.0), 130  # inches: text stays readable where the picture is shown 900 pixels wide
 
 DATASHEET_MATRIX_RATES = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12}
@@ -168,8 +169,6 @@ def _family_figure(
         for line, (family, reports) in zip(LINES, families.items(), strict=False):
             for name, style in _styles(results):
                 _draw(axes, reports, place, name, _us, label=f"{name}, {family}", ls=line, **style)
-        if any(_is_host_bound(report, OURS) for reports in families.values() for report in reports):
-            axes.plot([], [], **OPEN, color=INK, marker="o", label="open: the host was the limit")
         _log2_axis(axes, ticks, label)
         axes.set_yscale("log")
         axes.set_ylabel("us a call")
@@ -192,6 +191,8 @@ def _draw(
     for x, y, is_open in drawn:
         if is_open:
             axes.plot([x], [y], **OPEN, color=style["color"], marker=style["marker"])
+    if any(is_open for _, _, is_open in drawn) and OPEN_LABEL not in axes.get_legend_handles_labels()[1]:
+        axes.plot([], [], **OPEN, color=INK, marker="o", label=OPEN_LABEL)
 
 
 def _is_host_bound(report: CaseReport, name: str) -> bool:
@@ -257,8 +258,10 @@ def figure(path: Path, *, rows: int = 1, size: tuple[float, float] = SIZE, font_
             part.set_axisbelow(True)
             if part.get_yscale() == "linear" and not part.yaxis_inverted():
                 part.set_ylim(bottom=0)
-            if part.get_legend() is None and part.get_legend_handles_labels()[0]:
-                part.legend(frameon=False)
+            handles, labels = part.get_legend_handles_labels()
+            if part.get_legend() is None and handles:
+                order = sorted(range(len(labels)), key=lambda number: labels[number] == OPEN_LABEL)
+                part.legend([handles[number] for number in order], [labels[number] for number in order], frameon=False)
         path.parent.mkdir(parents=True, exist_ok=True)
         picture.savefig(path, dpi=DPI, facecolor="white")
         pyplot.close(picture)

@@ -24,6 +24,7 @@ pytestmark = pytest.mark.compile
 
 HOPPER = GPUTarget("cuda", 90, 32)
 MOST_SPILLED_BYTES = 160  # of the warp that fetches, whose loops wait anyway
+BOUNDED = {"logits_soft_cap": 30.0}
 SIDE_BYTES = 2 << 10  # of shared memory beside queries, keys and values
 
 
@@ -119,18 +120,27 @@ def test_prompts(name: str) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"sliding_window": 1024}, {"sliding_window": (64, 8), "causal": False}, {"logits_soft_cap": 30.0}],
+    [
+        {"sliding_window": 1024},
+        {"sliding_window": (64, 8), "causal": False},
+        {"logits_soft_cap": 30.0},
+        {"logits_soft_cap": 30.0, "sliding_window": 1024, "return_lse": False},
+    ],
     ids=str,
 )
-def test_features(options: dict[str, Any]) -> None:
-    binary = Prompts(sinks=True).binary(return_lse=True, **options)
+@pytest.mark.parametrize("num_seqs", [1, 33])
+def test_features(num_seqs: int, options: dict[str, Any]) -> None:
+    binary = Prompts(sinks=True, num_seqs=num_seqs).binary(**{"return_lse": True} | options)
     assert binary.tma > 0
     assert binary.stack <= MOST_SPILLED_BYTES
+    assert "WARPSYNC" not in binary.sass
+    assert binary.shared <= KNOWN_DEVICES["h100"].shared_memory
 
 
-def test_products_are_not_waited_for_one_by_one() -> None:
+@pytest.mark.parametrize("options", [{}, BOUNDED], ids=str)
+def test_products_are_not_waited_for_one_by_one(options: dict[str, Any]) -> None:
     """Every loop over tiles waits twice: for the scores, and for what is accumulated."""
-    binary = Prompts().binary()
+    binary = Prompts().binary(**options)
     assert binary.wgmma >= 8 * binary.wgmma_waits
 
 
@@ -141,6 +151,12 @@ def test_weights_are_not_packed_anew_for_every_product() -> None:
     """
     finishing, loops = 262, 192
     assert Prompts().binary().sass.count("PRMT") < finishing + loops // 4
+
+
+@pytest.mark.parametrize("block_n", [16, 32, 64, 128, 256])
+def test_bounded_logits_with_tiles_of_other_sizes(block_n: int) -> None:
+    cfg = UnifiedAttentionConfig(warp_specialized=True, block_n=block_n, num_stages=1)
+    assert Prompts().binary(cfg, **BOUNDED).wgmma > 0
 
 
 @pytest.mark.parametrize(
@@ -157,13 +173,14 @@ def test_logits_under_a_small_soft_cap_need_no_maximum(options: dict[str, Any], 
     assert maxima < 64 if is_bounded else maxima > 256
 
 
+@pytest.mark.parametrize("options", [{}, BOUNDED], ids=str)
 @pytest.mark.parametrize("name", ["llama", "mixed"])
-def test_a_warpgroup_is_complete_when_it_arrives_at_a_barrier(name: str) -> None:
+def test_a_warpgroup_is_complete_when_it_arrives_at_a_barrier(name: str, options: dict[str, Any]) -> None:
     """One thread arrives for all. A warp that lagged behind would find a phase of the same parity, two turns later.
 
     The emulator cannot show it: there a warpgroup is one thread.
     """
-    computing, fetching, _ = SERVED[name].binary().sass.partition("UTMALDG")
+    computing, fetching, _ = SERVED[name].binary(**options).sass.partition("UTMALDG")
     assert fetching
     arrival = "SYNCS.ARRIVE.TRANS64.A1T0"  # of bytes that are expected there is no A1T0
     events = re.findall(rf"BAR\.SYNC|{re.escape(arrival)}", computing)

@@ -60,6 +60,10 @@ VARIANTS: dict[str, Case] = {
     "cap": BASE.replace(soft_cap=5.0, query_gain=5.0),
     "cap_window_sinks": BASE.replace(soft_cap=30.0, window=90, sinks=1),
     "cap_with_a_reference": BASE.replace(soft_cap=50.0, query_gain=5.0),
+    "cap_of_large_weights": BASE.replace(soft_cap=50.0, query_gain=1000.0, sinks=1),
+    "cap_d64": BASE.replace(soft_cap=30.0, head_dim=64, kv_scale="head"),
+    "cap_d256": BASE.replace(soft_cap=30.0, head_dim=256, softmax_scale=-0.2),
+    "cap_long_decodes": LONG_DECODES.replace(soft_cap=30.0),
     "cap_and_all_far_below": BASE.replace(soft_cap=50.0, negative_logits=True),
     "cap_reached": BASE.replace(soft_cap=30.0, query_gain=1000.0),
     "cap_beyond_bounds": BASE.replace(soft_cap=60.0, query_gain=5.0),
@@ -126,15 +130,18 @@ def test_balanced_keys(variant: str) -> None:
 
 
 @pytest.mark.parametrize("num_stages", [1, 2, 3, 4])
-@pytest.mark.parametrize("variant", ["plain", "everything", "many_sequences", "long_decodes", "chunk"])
+@pytest.mark.parametrize(
+    "variant", ["plain", "everything", "cap_window_sinks", "many_sequences", "long_decodes", "chunk"]
+)
 def test_few_multiprocessors_take_many_turns(variant: str, num_stages: int) -> None:
     with target_device(SMALL_DEVICE):
         check(VARIANTS[variant], num_stages=num_stages, block_n=64)
 
 
 @pytest.mark.parametrize("block_n", [16, 32, 256])
-def test_other_tiles(block_n: int) -> None:
-    check(VARIANTS["everything"], block_n=block_n, num_stages=1)
+@pytest.mark.parametrize("variant", ["everything", "cap_window_sinks"])
+def test_other_tiles(variant: str, block_n: int) -> None:
+    check(VARIANTS[variant], block_n=block_n, num_stages=1)
 
 
 @pytest.mark.parametrize("block_m", [8, 64, 128])

@@ -49,6 +49,7 @@ CASES: dict[str, tuple[Case, dict[str, Any]]] = {
     "prompt": (PROMPT, {}),
     "prompt_cap": (PROMPT.replace(soft_cap=50.0, sinks=1), {}),
     "prompt_far_below_cap": (PROMPT.replace(soft_cap=50.0, negative_logits=True), {}),
+    "prompt_of_large_weights": (PROMPT.replace(soft_cap=50.0, query_gain=1000.0, sinks=1), {}),
     "prompt_at_cap": (PROMPT.replace(soft_cap=30.0, query_gain=1000.0), {}),
     "prompt_window": (PROMPT.replace(window=40, sinks=1), {"num_stages": 3}),
     "chunk_in_shares": (CHUNK.replace(return_lse=True), {"min_tiles_per_split": 1}),
@@ -127,6 +128,7 @@ _FIRST_CLEAN = "clean(v_ring.index(slot), begin, key_begin, key_end, BOX)"
 _LAST_CLEAN = "clean(v_ring.index(slot), begin + (num_tiles - 1) * block_n, key_begin, key_end, BOX)"
 _SCORES = "products = warpgroup_mma_wait(2 if IS_BOUNDED else 1, deps=[products])"
 _VALUES = "acc, weights = warpgroup_mma_wait(0, deps=[acc, weights])\n    "
+_BOUNDED_VALUES = "acc, row_sum, weights = warpgroup_mma_wait(0, deps=[acc, row_sum, weights])\n"
 _LAST_SUMS = "row_sum = warpgroup_mma(weights, rings[2], row_sum, is_async=True)\n        first"
 _GIVE_BACK = "mbarrier.arrive(v_empty.index(before), count=1)\n    "
 
@@ -163,7 +165,9 @@ BUGS: dict[str, tuple[str, str, str]] = {
         "end_turn(turns, GROUP)\n    products",
         "products",
     ),
-    "last_weights_not_summed": ("mixed_cap", _LAST_SUMS, "pass\n"),
+    "bounded_scores_used_that_are_not_there": ("mixed_cap", "2 if IS_BOUNDED else 1", "3 if IS_BOUNDED else 1"),
+    "slot_given_back_before_its_bounded_values_are_used": ("mixed_cap", _BOUNDED_VALUES + "    else", "pass\n    else"),
+    "last_weights_not_summed": ("mixed_cap", _LAST_SUMS, "pass\n        first"),
     "bounded_scores_from_another_maximum": ("prompt_cap", "[ROWS], SCORING.bounded_max,", "[ROWS], 0.0,"),
     "row_tiles_cut_in_secret": ("mixed_split_often", "gl.store(tickets_ptr, 1, mask=num_splits > 1)", "pass"),
     "one_counter_for_both_kinds": ("mixed", "take_ticket(tickets_ptr + 2,", "take_ticket(tickets_ptr + 1,"),
@@ -185,6 +189,7 @@ def test_bug_is_caught(bug: str, tmp_path: Path) -> None:
     assert text.count(right) == 1
     source = tmp_path / f"{bug}.py"
     source.write_text(text.replace(right, wrong))
+    compile(source.read_text(), str(source), "exec")  # no failure that anything would pass for
 
     def is_wrong(**how: Any) -> bool:
         try:

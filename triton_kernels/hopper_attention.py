@@ -183,7 +183,7 @@ def weigh(
 
 @gluon.jit
 def weigh_bounded(products, start, lanes, row_begin, row_end, score_scale, SCORING: gl.constexpr, MASKED: gl.constexpr):
-    """Weights of a tile of products under a soft cap so small that they need no maximum: `2^-110` to `2^49`."""
+    """Weights of a tile of products under a soft cap so small that they need no maximum: `2^-110` to `2^36`, or 0."""
     scores, _ = logits_from_cap(products, score_scale, SCORING)
     if MASKED:
         scores = hide(scores, start + lanes, row_begin, row_end)
@@ -231,8 +231,8 @@ def attend_tile(
     """Scores of tile `number` while the values of the tile before are accumulated, whose weights are `pairs`.
 
     Returns its own weights and the new row state. The maximum of bounded scores does not change, and the sums of their
-    weights are products as well, of what these were rounded to: without that, rows of one key would be off, as nothing
-    makes its weight 1.
+    weights are products as well, of what these were rounded to: without that, rows of one key would be off by the
+    rounding of its weight, which nothing makes 1. Beside a sink they are, by as much as it counts.
     """
     k_ring, v_ring = rings[0], rings[1]
     k_full, k_empty, v_full, v_empty, turns = barriers
@@ -742,7 +742,8 @@ def hopper_paged_attention_kernel(
     is_bounded: gl.constexpr = SCORING.bounded_max is not None and lse_ptr is None and dtype != gl.float16
     rings = (k_ring, v_ring)
     if is_bounded:
-        ones_tile = gl.allocate_shared_memory(dtype, [NARROWEST, MANY_TILE.block_n], SWIZZLED)
+        ones_layout: gl.constexpr = gl.NVMMASharedLayout(min(128, 2 * MANY_TILE.block_n), 16, 2)
+        ones_tile = gl.allocate_shared_memory(dtype, [NARROWEST, MANY_TILE.block_n], ones_layout)
         filled: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
         ones_tile.store(gl.full([NARROWEST, MANY_TILE.block_n], 1.0, dtype, filled))
         fence_async_shared()

@@ -1,4 +1,7 @@
-"""The float32 softmax state of a tile of rows: running maximum (base 2, -inf until a key is seen), sum, accumulator."""
+"""The float32 softmax state of a tile of rows: running maximum (base 2, -inf until a key is seen), sum, accumulator.
+
+Where scores are bounded some number stands for the maximum, also of rows without keys: that there is one the sum tells.
+"""
 
 import triton
 import triton.language as tl

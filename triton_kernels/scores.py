@@ -88,8 +88,8 @@ def logits_from_cap(products, scale, SCORING: tl.constexpr):
     """
     unit = 1.0
     if SCORING.has_fast_cap:
-        share = tl.exp2(doubled_share(products, scale, SCORING) - SCORING.log_cap_span)
-        logits = reciprocal(-1.0 / SCORING.cap_span - share)
+        exponential = tl.exp2(doubled_share(products, scale, SCORING) - SCORING.log_cap_span)
+        logits = reciprocal(-1.0 / SCORING.cap_span - exponential)
     else:
         logits, unit = base_2_logits(products, scale, SCORING, False)
     return logits, unit

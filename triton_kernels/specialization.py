@@ -7,7 +7,7 @@ import triton.language as tl
 
 LARGEST_FAST_CAP = 1024.0
 WEIGHT_BITS = 110.0
-LARGEST_BOUNDED_SPAN = 160.0  # of logits under a soft cap of 55
+LARGEST_BOUNDED_SPAN = 146.0  # of logits under a soft cap of 50, a little more
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,8 @@ class Scoring:
     def bounded_max(self) -> float | None:
         """What may stand for the maximum of base-2 logits, counted from a soft cap, whatever they are.
 
-        The smallest weight is then `2^-WEIGHT_BITS` or more; float32 and bfloat16 hold it and sums of the largest ones.
-        None without a cap, or with one too large for that.
+        The smallest weight is then `2^-WEIGHT_BITS` or more, the largest `2^36` or less: float32, bfloat16 hold them,
+        and float32 their sums and products with values of up to 1e22. None without a cap, or with one too large for it.
         """
         if self.soft_cap is None or self.cap_span > LARGEST_BOUNDED_SPAN:
             return None
