@@ -72,6 +72,8 @@ SAMPLED = {
     r"test_nvidia\[ragged": 2,
     r"test_packed_properties": 4,
     r"test_hopper_interpreted": 2,
+    r"test_compile_hopper\.py::test_(prompts|features|bounded_logits)": 2,
+    r"test_planted_bugs": 2,
     r"test_compile_tpu\.py::(?!test_variant_compiles)": 3,
     r"test_compile_attention": 2,
     r"test_packed_on_nvidia": 2,
