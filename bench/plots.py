@@ -183,16 +183,14 @@ def _draw(
     height: Callable[[CaseReport, str], float],
     **style: Any,
 ) -> None:
-    drawn = sorted((place(report), height(report, name), _is_host_bound(report, name)) for report in reports)
-    drawn = [point for point in drawn if not math.isnan(point[1])]
+    drawn = sorted((report for report in reports if not math.isnan(height(report, name))), key=place)
     if drawn:
-        places, heights, _ = zip(*drawn, strict=True)
-        axes.plot(places, heights, **style)
-    for x, y, is_open in drawn:
-        if is_open:
-            axes.plot([x], [y], **OPEN, color=style["color"], marker=style["marker"])
-    if any(is_open for _, _, is_open in drawn) and OPEN_LABEL not in axes.get_legend_handles_labels()[1]:
-        axes.plot([], [], **OPEN, color=INK, marker="o", label=OPEN_LABEL)
+        axes.plot([place(report) for report in drawn], [height(report, name) for report in drawn], **style)
+    for report in drawn:
+        if _is_host_bound(report, name):
+            axes.plot(place(report), height(report, name), **OPEN, color=style["color"], marker=style["marker"])
+            if OPEN_LABEL not in axes.get_legend_handles_labels()[1]:
+                axes.plot([], [], **OPEN, color=INK, marker="o", label=OPEN_LABEL)
 
 
 def _is_host_bound(report: CaseReport, name: str) -> bool:

@@ -169,25 +169,23 @@ def weigh(
     row_sum,
     score_scale,
     SCORING: gl.constexpr,
+    IS_BOUNDED: gl.constexpr,
     MASKED: gl.constexpr,
 ):
     """Weights of a tile of products, the factor for what was accumulated before, and the new row state.
 
-    The maximum is that of `logits_from_cap`.
+    The maximum is that of `logits_from_cap`. Bounded scores change neither it nor, yet, the sums, and need no factor:
+    their weights are 0, or `2^-110` to `2^36`.
     """
     scores, unit = logits_from_cap(products, score_scale, SCORING)
     if MASKED:
         scores = hide(scores, start + lanes, row_begin, row_end)
-    return online_softmax(scores, unit, row_max, row_sum)
-
-
-@gluon.jit
-def weigh_bounded(products, start, lanes, row_begin, row_end, score_scale, SCORING: gl.constexpr, MASKED: gl.constexpr):
-    """Weights of a tile of products under a soft cap so small that they need no maximum: `2^-110` to `2^36`, or 0."""
-    scores, _ = logits_from_cap(products, score_scale, SCORING)
-    if MASKED:
-        scores = hide(scores, start + lanes, row_begin, row_end)
-    return tl.exp2(scores if SCORING.bounded_max == 0.0 else scores - SCORING.bounded_max)
+    if IS_BOUNDED:
+        weights = tl.exp2(scores if SCORING.bounded_max == 0.0 else scores - SCORING.bounded_max)
+        rescale = 1.0
+    else:
+        weights, rescale, row_max, row_sum = online_softmax(scores, unit, row_max, row_sum)
+    return weights, rescale, row_max, row_sum
 
 
 @gluon.jit
@@ -252,13 +250,12 @@ def attend_tile(
     end_turn(turns, GROUP)
     products = warpgroup_mma_wait(2 if IS_BOUNDED else 1, deps=[products])
     mbarrier.arrive(k_empty.index(slot), count=1)
+    new_weights, rescale, row_max, row_sum = weigh(
+        products, start, lanes, row_begin, row_end, row_max, row_sum, score_scale, SCORING, IS_BOUNDED, MASKED
+    )
     if IS_BOUNDED:
-        new_weights = weigh_bounded(products, start, lanes, row_begin, row_end, score_scale, SCORING, MASKED)
         acc, row_sum, weights = warpgroup_mma_wait(0, deps=[acc, row_sum, weights])
     else:
-        new_weights, rescale, row_max, row_sum = weigh(
-            products, start, lanes, row_begin, row_end, row_max, row_sum, score_scale, SCORING, MASKED
-        )
         acc, weights = warpgroup_mma_wait(0, deps=[acc, weights])
     mbarrier.arrive(v_empty.index(before), count=1)
     if not IS_BOUNDED:
@@ -414,13 +411,12 @@ def consume(
         if IS_BOUNDED:
             row_max = gl.full([ROWS], SCORING.bounded_max, gl.float32, score_rows)
             row_sum = gl.zeros([ROWS, NARROWEST], gl.float32, sums_layout)
-            weights = weigh_bounded(products, begin, lanes, row_begin, row_end, score_scale, SCORING, True)
         else:
             row_max = gl.full([ROWS], float("-inf"), gl.float32, score_rows)
             row_sum = gl.zeros([ROWS], gl.float32, score_rows)
-            weights, _, row_max, row_sum = weigh(
-                products, begin, lanes, row_begin, row_end, row_max, row_sum, score_scale, SCORING, True
-            )
+        weights, _, row_max, row_sum = weigh(
+            products, begin, lanes, row_begin, row_end, row_max, row_sum, score_scale, SCORING, IS_BOUNDED, True
+        )
         pairs = pack_pairs(weights, v_ring.dtype)
         acc = gl.zeros([ROWS, TILE.block_dv], gl.float32, out_layout)
         if SCORING.window_left is not None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import triton.language as tl
 
 LARGEST_FAST_CAP = 1024.0
-WEIGHT_BITS = 110.0
+WEIGHT_BITS = 110.0  # of the 126 that float32 has below 1: the others are for values
 LARGEST_BOUNDED_SPAN = 146.0  # of logits under a soft cap of 50, a little more
 
 
