@@ -7,7 +7,6 @@ import dataclasses
 import json
 import logging
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -88,6 +87,20 @@ def branch(cfg: Any = None) -> Any:
 def times(monkeypatch: pytest.MonkeyPatch, *seconds: float) -> None:
     answers = iter(seconds)
     monkeypatch.setattr(tuning, "_seconds", lambda program, is_interpreted: next(answers))
+
+
+class Clock:
+    """Stands in for the module `time` where what a busy machine measures in so short a time may be anything."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        self.now += 1e-6
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
 
 
 def fails(answer: Any) -> Any:
@@ -268,14 +281,19 @@ def test_device_times(behaviours: Behaviours, monkeypatch: pytest.MonkeyPatch) -
     assert asked["calls"] == len(measured[0]) == 10
 
 
-def test_medians_are_of_what_more_executions_take() -> None:
+def test_medians_are_of_what_more_executions_take(monkeypatch: pytest.MonkeyPatch) -> None:
     """Constant costs of a batch, such as a launch, cancel out."""
-    executions: list[int] = []
-    seconds = timing.measure(
-        lambda index: executions.append(index) or time.sleep(0.002), repeats=5, sample_seconds=0.0, warm_up=3
-    ).median
+    clock, executions = Clock(), []
+    monkeypatch.setattr(timing, "time", clock)
+    monkeypatch.setattr(jax, "block_until_ready", lambda result: clock.sleep(0.05))
+
+    def enqueue(index: int) -> None:
+        executions.append(index)
+        clock.sleep(0.002)
+
+    timed = timing.measure(enqueue, repeats=5, sample_seconds=0.0, warm_up=3)
     assert executions == list(range(3 + 2 + 2 + 5 * 3))
-    assert 0.001 < seconds < 0.02
+    assert (timed.low, timed.median, timed.high) == pytest.approx((0.002, 0.002, 0.002))
 
 
 def test_made_up_rows_all_belong_to_a_sequence() -> None:
@@ -312,18 +330,20 @@ class TestAutotune:
     def policy(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(tuned_configs.POLICY_VARIABLE, "autotune")
 
-    def test_never_ranks_by_tracing_time(self, behaviours: Behaviours) -> None:
+    def test_never_ranks_by_tracing_time(self, behaviours: Behaviours, monkeypatch: pytest.MonkeyPatch) -> None:
         """Inside a trace, a candidate that traces slowly and runs fast wins."""
+        clock = Clock()
+        monkeypatch.setattr(tuning, "time", clock)
 
         def runs_slowly(answer: Any) -> Any:
             def wait(answer: Any) -> Any:
-                time.sleep(0.1)
+                clock.sleep(0.1)
                 return answer
 
             return jax.pure_callback(wait, jax.ShapeDtypeStruct(answer.shape, answer.dtype), answer)
 
         def traces_slowly(answer: Any) -> Any:
-            time.sleep(0.3)
+            clock.sleep(0.3)
             return answer
 
         behaviours.update(
