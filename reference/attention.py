@@ -108,8 +108,7 @@ def rounded(array: Array, dtype: jnp.dtype) -> Array:
 def visible_keys(num_rows: int, num_keys: int, *, causal: bool, sliding_window: Window) -> Array:
     """What causality and the window let a row see, bool `[1, 1, Q, K]`."""
     window = (sliding_window, sliding_window) if isinstance(sliding_window, int) else sliding_window or (None, None)
-    reach = num_rows + num_keys
-    left, right = (None if side is None else min(side, reach) for side in window)
+    left, right = (paging.clipped_reach(side, num_rows + num_keys) for side in window)
     rows = jnp.arange(num_rows, dtype=jnp.int32)[:, None]
     keys = jnp.arange(num_keys, dtype=jnp.int32)
     ends = jnp.full_like(rows, num_keys)

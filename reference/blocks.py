@@ -76,7 +76,7 @@ def block_size(num_rows: Any, num_seqs: Any) -> int:
 
     Where sizes are symbolic (`jax.export.symbolic_shape`), 16: enough for prompts, not too many for single tokens.
     """
-    if not (isinstance(num_rows, int) and isinstance(num_seqs, int)):
+    if not paging.is_static(num_rows, num_seqs):
         return 16
     mean_rows = ceil_div(max(num_rows, 1), max(num_seqs, 1))
     return min(64, 1 << (mean_rows - 1).bit_length())
@@ -131,10 +131,8 @@ def attend_blocks(
         sinks = jnp.zeros((num_q_heads, 0), jnp.float32)
     if num_blocks == 0 or keys.tables.shape[0] == 0:
         return without_keys(num_blocks * block_q, value_dim, sinks, queries.dtype)
-    # No reach beyond these changes anything, and int32 positions cannot overflow with them.
-    farthest = last_token + queries.shape[0]
-    left, right = (None if reach is None else min(reach, farthest) for reach in window)
-    widths = page_widths(table_width if num_pages else 0, page_size, block_q, causal=causal, window=window)
+    left, right = (paging.clipped_reach(reach, last_token + queries.shape[0]) for reach in window)
+    widths = page_widths(0 if num_pages == 0 else table_width, page_size, block_q, causal=causal, window=window)
 
     def attend_step(step: QueryBlocks) -> scores.Attended:
         offsets = jnp.arange(block_q, dtype=jnp.int32)
@@ -186,7 +184,8 @@ def attend_blocks(
         return scores.Attended(out.astype(queries.dtype), lse)
 
     elements = widths[-1] * page_size * (num_kv_heads * (head_dim + value_dim) + 2 * block_q * num_q_heads)
-    num_steps = ceil_div(num_blocks, max(1, STEP_ELEMENTS // max(elements, 1)))
+    blocks_at_once = max(1, STEP_ELEMENTS // max(elements, 1)) if paging.is_static(elements) else 1
+    num_steps = ceil_div(num_blocks, blocks_at_once)
     step_blocks = ceil_div(num_blocks, num_steps)
     padding = num_steps * step_blocks - num_blocks
     steps = jax.tree.map(lambda x: jnp.pad(x, (0, padding)).reshape(num_steps, step_blocks), blocks)
@@ -197,17 +196,21 @@ def attend_blocks(
 
 def without_keys(num_rows: int, value_dim: int, sinks: Array, dtype: jnp.dtype) -> scores.Attended:
     """Zeros `[num_rows, Hq, Dv]` and the LSE of the sinks alone: the result of rows that see no key."""
-    lse = jax.nn.logsumexp(sinks, axis=1) if sinks.shape[1] else jnp.full(sinks.shape[0], -jnp.inf, jnp.float32)
+    num_heads = sinks.shape[0]
+    no_scores = jnp.zeros((1, num_heads, 1, 0), jnp.float32)
+    _, lse = scores.softmax(no_scores, no_scores > 0, sinks)
     return scores.Attended(
-        jnp.zeros((num_rows, sinks.shape[0], value_dim), dtype), jnp.broadcast_to(lse, (num_rows, sinks.shape[0]))
+        jnp.zeros((num_rows, num_heads, value_dim), dtype), jnp.broadcast_to(lse[..., 0], (num_rows, num_heads))
     )
 
 
 def page_widths(table_width: int, page_size: int, block_q: int, *, causal: bool, window: Bounds) -> tuple[int, ...]:
     """Static page counts, up to the most a block can need, among which a step takes the least that suffices.
 
-    Wide tables get 0 too, for steps of spare blocks.
+    Wide tables get 0 too, for steps of spare blocks. Where sizes are symbolic, there is only the width of the table.
     """
+    if not paging.is_static(table_width, page_size):
+        return (table_width,)
     left, right = window
     widest = table_width
     if causal:

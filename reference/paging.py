@@ -1,5 +1,7 @@
 """Reading a paged cache: pages of any layout, clamped lengths and ids, the key range a row sees."""
 
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -28,6 +30,23 @@ def causal_bounds(window: Window) -> Bounds:
 
 def ceil_div(numerator: int, denominator: int) -> int:
     return -(-numerator // denominator)
+
+
+def is_static(*sizes: Any) -> bool:
+    """Whether all sizes are numbers, and none a dimension of `jax.export.symbolic_shape`, which few can be compared."""
+    return all(isinstance(size, int) for size in sizes)
+
+
+def clipped_reach(reach: int | None, farthest: Any) -> int | None:
+    """A reach of a window, but none beyond `farthest`, so that int32 positions cannot overflow with it."""
+    return min(reach, farthest) if reach is not None and is_static(farthest) else reach
+
+
+def last_at_or_before(starts: Array, values: Array) -> Array:
+    """The index int32 `[N]` of the last of the ascending `starts` `[M]` that is no larger; -1 where none is."""
+    if is_static(*starts.shape):
+        return jnp.searchsorted(starts, values, side="right").astype(jnp.int32) - 1
+    return jnp.sum(starts <= values[:, None], axis=1, dtype=jnp.int32) - 1
 
 
 def cache_size(cache: Array, kv_layout: str) -> tuple[int, int, int, int]:

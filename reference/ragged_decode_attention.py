@@ -71,6 +71,11 @@ def ragged_decode_attention(
 
 
 def dense_page_size(length: int) -> int:
-    """Tokens of the pages into which a dense row is cut, so that short ranges of long rows cost what they are."""
+    """Tokens of the pages into which a dense row is cut, so that short ranges of long rows cost what they are.
+
+    Where the length is symbolic, 1, which divides it.
+    """
+    if not paging.is_static(length):
+        return 1
     divisor = math.gcd(length, 128)
     return divisor if divisor >= 16 else max(length, 1)

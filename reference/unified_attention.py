@@ -83,7 +83,7 @@ def unified_attention(
         v_scale=v_scale,
     )
     rows = jnp.arange(num_rows, dtype=jnp.int32)
-    sequences = jnp.searchsorted(row_starts, rows, side="right").astype(jnp.int32) - 1
+    sequences = paging.last_at_or_before(row_starts, rows)
     owned = (sequences >= 0) & (sequences < num_seqs)
     sequences = jnp.clip(sequences, 0, num_seqs - 1)
     block_rows = block_starts[sequences] * block_q + rows - row_starts[sequences]
@@ -113,7 +113,7 @@ def packed_blocks(
     num_seqs = block_starts.shape[0]
     num_blocks = num_rows if block_q == 1 else ceil_div(num_rows, block_q) + num_seqs
     slots = jnp.arange(num_blocks, dtype=jnp.int32)
-    found = jnp.searchsorted(block_starts, slots, side="right").astype(jnp.int32) - 1
+    found = paging.last_at_or_before(block_starts, slots)
     sequences = jnp.maximum(found, 0)
     num_queries = row_starts[1:] - row_starts[:-1]
     offsets = (slots - block_starts[sequences]) * block_q

@@ -210,6 +210,23 @@ def test_unified_gradients(poisoned: bool) -> None:
     assert not np.any(np.asarray(gradients[1])[np.isnan(np.asarray(key_cache))])
 
 
+def test_gradients_of_sinks_that_are_off_are_zero() -> None:
+    """Also through the LSE, of rows with keys, without any, and of no sequence."""
+    problem = Paged((3, 1), (6, 0), trailing=1)
+    arrays = [jnp.nan_to_num(x) for x in device(problem.unified())]
+
+    def total(sinks: jax.Array) -> jax.Array:
+        _, lse = reference.unified_attention(*arrays, attention_sink=sinks, return_lse=True)
+        return jnp.sum(jnp.where(lse == -jnp.inf, 0.0, lse))
+
+    off = jnp.array([True, False, True, False, True, True])
+    sinks = jnp.where(off, -jnp.inf, 0.5)
+    gradients = np.asarray(jax.grad(total)(sinks))
+    np.testing.assert_array_equal(gradients[off], 0.0)
+    assert (gradients[~off] > 0).all()
+    np.testing.assert_allclose(gradients, jax.jacfwd(total)(sinks), rtol=1e-6)
+
+
 def test_one_program_serves_all_values() -> None:
     traces = []
 

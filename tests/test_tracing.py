@@ -19,6 +19,7 @@ from jax_bridge.device import target_device
 from jax_bridge.registry import OPERATIONS as OBJECTS
 from tests.implementations import SMALL_DEVICE
 from tests.small_calls import (
+    ATTENDING,
     HQ,
     KEYS,
     OPERATIONS,
@@ -212,16 +213,35 @@ def test_export_round_trip(operation: str) -> None:
 
 
 SYMBOLIC = {
-    "page_attention": {"query": "S, 4, 16", "context_lens": "S", "block_tables": "S, 3"},
-    "prefill_page_attention": {"query": "C, 4, 16"},
-    "unified_attention": {"queries": "T, 4, 16"},
+    "page_attention": {
+        "query": "S, 4, 16",
+        **dict.fromkeys(("key_cache", "value_cache"), "P, 2, 4, 16"),
+        "context_lens": "S",
+        "block_tables": "S, M",
+    },
+    "prefill_page_attention": {
+        "query": "C, 4, 16",
+        **dict.fromkeys(("key_cache", "value_cache"), "2, P, 4, 16"),
+        "page_indices": "M",
+    },
+    "unified_attention": {
+        "queries": "T, 4, 16",
+        **dict.fromkeys(("key_cache", "value_cache"), "P, 4, 2, 16"),
+        "kv_lens": "S",
+        "block_tables": "S, M",
+        "query_start_loc": "S + 1",
+    },
     "ragged_decode_attention": {
         "query": "B, 4, 16",
-        **dict.fromkeys(("key", "value"), "B, 8, 2, 16"),
+        **dict.fromkeys(("key", "value"), "B, L, 2, 16"),
         **dict.fromkeys(("sequence_start", "sequence_end"), "B"),
     },
-    "attention": {"query": "B, Q, 4, 16", "key": "B, 8, 2, 16", "value": "B, 8, 2, 16"},
-    "write_kv_pages": {**dict.fromkeys(("key", "value"), "T, 2, 16"), "slot_mapping": "T"},
+    "attention": {"query": "B, Q, 4, 16", **dict.fromkeys(("key", "value"), "B, K, 2, 16")},
+    "write_kv_pages": {
+        **dict.fromkeys(("key", "value"), "T, 2, 16"),
+        **dict.fromkeys(("key_cache", "value_cache"), "P, 4, 2, 16"),
+        "slot_mapping": "T",
+    },
     "merge_attention_states": {
         **dict.fromkeys(("out_a", "out_b"), "T, 4, 16"),
         **dict.fromkeys(("lse_a", "lse_b"), "T, 4"),
@@ -231,13 +251,14 @@ SYMBOLIC = {
 
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_sizes_may_be_symbolic_without_a_kernel(operation: str) -> None:
-    """One exported program serves any number of tokens or sequences; kernels refuse that, and `"auto"` takes `xla`."""
+    """One exported program serves any sizes of what a batch holds; kernels refuse that, and `"auto"` takes `xla`."""
     named, scope = arguments(operation), jax.export.SymbolicScope()
     shapes = {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in named.items()}
     for name, shape in SYMBOLIC[operation].items():
         shapes[name] = jax.ShapeDtypeStruct(jax.export.symbolic_shape(shape, scope=scope), named[name].dtype)
-    exported = jax.export.export(jax.jit(lambda named: run(operation, named)))(shapes)
-    assert_close(exported.call(named), run(operation, named, platform="xla"))
+    options = {"sliding_window": 3} if operation in ATTENDING else {}
+    exported = jax.export.export(jax.jit(lambda named: run(operation, named, **options)))(shapes)
+    assert_close(exported.call(named), run(operation, named, platform="xla", **options))
     with pytest.raises(NotImplementedError, match=rf'{operation}\[triton\] .* symbolic sizes.*; use platform="xla"'):
         jax.export.export(jax.jit(lambda named: run(operation, named, platform="triton")))(shapes)
 
