@@ -133,40 +133,38 @@ class Attention(Operation):
         check.array("value", value, ("B", "K", "Hkv", "Dv"), ANY_FLOAT)
         group_size = check.heads("query")
         check.not_empty("D", "Dv")
-        if init_bias is not None and not callable(init_bias):
-            raise check.type_error("init_bias", f"is {describe(init_bias)}", "a function without arguments or None")
+        init_bias = check.by("init_bias", init_bias, _checked_function)
         bias_argument = "bias"
-        if init_bias is not None and bias is None and mask_info is None:
+        if callable(init_bias) and bias is None and mask_info is None:
             bias, bias_argument = init_bias(), "init_bias()"
         probability = check.number("dropout_prob", dropout_prob, minimum=0.0, below=1.0)
         if check.flag("deterministic", deterministic):
             probability = 0.0
-        if dropout_rng is not None:
-            _check_rng(check, dropout_rng)
-        elif probability > 0:
-            expected = "a random key, as deterministic=False and dropout_prob > 0"
-            raise check.value_error("dropout_rng", "is None", expected)
-        arrays = {
-            "query": query,
-            "key": key,
-            "value": value,
-            "bias": None if bias is None else _checked_bias(check, bias_argument, bias),
-            "dropout_rng": dropout_rng if probability > 0 else None,
-            "softmax_aux": check.sinks("softmax_aux", softmax_aux, ANY_FLOAT),
-            **_checked_mask(check, mask_info),
-        }
+        if dropout_rng is not None or probability > 0:
+            dropout_rng = check.by("dropout_rng", dropout_rng, _checked_rng)
         is_causal = check.flag("causal", causal)
         right = 0 if is_causal else None
+        dtype = query.dtype if dtype is None else dtype
+        softmax_dtype = "float32" if softmax_dtype is None else softmax_dtype
         options = AttentionOptions(
             softmax_scale=check.scale("softmax_scale", softmax_scale),
             soft_cap=check.soft_cap("logits_soft_cap", logits_soft_cap),
             window=check.window("sliding_window", sliding_window, from_width="radius", right=right),
             causal=is_causal,
-            dtype=_checked_dtype(check, "dtype", query.dtype if dtype is None else dtype),
-            softmax_dtype=_checked_dtype(check, "softmax_dtype", "float32" if softmax_dtype is None else softmax_dtype),
+            dtype=check.by("dtype", dtype, _checked_dtype),
+            softmax_dtype=check.by("softmax_dtype", softmax_dtype, _checked_dtype),
             dropout_prob=probability,
             return_weights=check.flag("return_weights", return_weights),
         )
+        arrays = {
+            "query": query,
+            "key": key,
+            "value": value,
+            "bias": None if bias is None else check.by(bias_argument, bias, _checked_bias),
+            "dropout_rng": dropout_rng if probability > 0 else None,
+            "softmax_aux": check.sinks("softmax_aux", softmax_aux, ANY_FLOAT),
+            **check.by("mask_info", mask_info, _checked_mask),
+        }
         sizes = check.sizes
         dense = DenseSizes(
             batch=sizes["B"],
@@ -191,12 +189,21 @@ class Attention(Operation):
         return out, jax.ShapeDtypeStruct((sizes.batch, sizes.num_q_heads, sizes.q_len, sizes.kv_len), options.dtype)
 
 
-def _check_rng(check: Arguments, rng: Any) -> None:
+def _checked_function(check: Arguments, argument: str, function: Any) -> Any:
+    if function is not None and not callable(function):
+        raise check.type_error(argument, f"is {describe(function)}", "a function without arguments or None")
+    return function
+
+
+def _checked_rng(check: Arguments, argument: str, rng: Any) -> Any:
+    if rng is None:
+        raise check.value_error(argument, "is None", "a random key, as deterministic=False and dropout_prob > 0")
     dtype, shape = getattr(rng, "dtype", None), getattr(rng, "shape", None)
     is_key = dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key) and shape == ()
     is_raw_key = dtype == jnp.uint32 and shape is not None and len(shape) == 1
     if not is_key and not is_raw_key:
-        raise check.type_error("dropout_rng", f"is {describe(rng)}", "one random key of jax.random")
+        raise check.type_error(argument, f"is {describe(rng)}", "one random key of jax.random")
+    return rng
 
 
 def _checked_bias(check: Arguments, argument: str, bias: Any) -> Any:
@@ -213,32 +220,32 @@ def _checked_bias(check: Arguments, argument: str, bias: Any) -> Any:
     return bias
 
 
-def _checked_mask(check: Arguments, mask_info: Any) -> dict[str, Any]:
+def _checked_mask(check: Arguments, argument: str, mask_info: Any) -> dict[str, Any]:
     """The mask, or the segments or lengths of a `MaskInfo` that has none, by name."""
     masks: dict[str, Any] = dict.fromkeys(_MASKS)
     if mask_info is None:
         return masks
     is_ours = type(mask_info) is MaskInfo and mask_info.attention_mask is None
     if is_ours and mask_info.key_lengths is not None:
-        lengths = check.index("mask_info.key_lengths", mask_info.key_lengths, ("B",))
+        lengths = check.index(f"{argument}.key_lengths", mask_info.key_lengths, ("B",))
         for axis, length in (("Q", mask_info.q_len), ("K", mask_info.kv_len)):
             if length != check.sizes[axis]:
                 got = f"stands for a mask of {axis} = {length}"
-                raise check.value_error("mask_info", got, f"{axis} = {check.sizes[axis]} as in the other arrays")
+                raise check.value_error(argument, got, f"{axis} = {check.sizes[axis]} as in the other arrays")
         return masks | {"key_lengths": lengths}
     if is_ours and mask_info.q_segment_ids is not None and mask_info.kv_segment_ids is not None:
         return masks | {
-            "q_segment_ids": check.array("mask_info.q_segment_ids", mask_info.q_segment_ids, ("B", "Q"), INDEX),
-            "kv_segment_ids": check.array("mask_info.kv_segment_ids", mask_info.kv_segment_ids, ("B", "K"), INDEX),
+            "q_segment_ids": check.array(f"{argument}.q_segment_ids", mask_info.q_segment_ids, ("B", "Q"), INDEX),
+            "kv_segment_ids": check.array(f"{argument}.kv_segment_ids", mask_info.kv_segment_ids, ("B", "K"), INDEX),
         }
     compute = getattr(mask_info, "get_or_compute_attention_mask", None)
     if not callable(compute):
         expected = "a MaskInfo or another object with get_or_compute_attention_mask()"
-        raise check.type_error("mask_info", f"is {describe(mask_info)}", expected)
+        raise check.type_error(argument, f"is {describe(mask_info)}", expected)
     mask = compute()
     shape = tuple(getattr(mask, "shape", ()))
     heads = "1" if shape[1:2] == (1,) else "Hq"
-    return masks | {"mask": check.array("mask_info", mask, ("B", heads, "Q", "K"), BOOLEAN)}
+    return masks | {"mask": check.array(argument, mask, ("B", heads, "Q", "K"), BOOLEAN)}
 
 
 def _checked_dtype(check: Arguments, argument: str, dtype: Any) -> Any:

@@ -176,6 +176,8 @@ _LISTED_CHECKS = (
     "optional_integer",
     "mask_value",
     "choice",
+    "number",
+    "by",
 )
 
 
@@ -340,6 +342,10 @@ class Arguments:
             page_size=sizes["ps"],
             table_width=sizes["MP"],
         )
+
+    def by(self, argument: str, value: Any, check: Callable[["Arguments", str, Any], Any]) -> Any:
+        """Check a value by a rule of the operation's own, which raises in the common wording."""
+        return check(self, argument, value)
 
     # Static values
 
