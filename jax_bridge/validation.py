@@ -20,8 +20,9 @@ DEFAULT_MASK_VALUE = -2.381976426469702e38
 # Bounds beyond every length, small enough that positions plus or minus a bound stay inside int32.
 _LARGEST_WINDOW = 2**30
 
-# Beyond them a cap changes no float32 score, and leaves none; between them its quotients are normal numbers.
-_LARGEST_CAP, _SMALLEST_CAP = 1e30, 1e-30
+# Scores over a cap between them, and the cap in base 2, are normal float32 numbers. A larger one changes no score below
+# 1e32, and a smaller one leaves nothing of any.
+_LARGEST_CAP, _SMALLEST_CAP = 1e36, 1e-30
 _INT32 = np.iinfo(np.int32)
 
 
@@ -393,7 +394,7 @@ class Arguments:
         return self.sizes["D"] ** -0.5 if value is None else self.number(argument, value)
 
     def soft_cap(self, argument: str, value: Any) -> float | None:
-        """Check a soft cap; 0 is off, like None, and so is one beyond what float32 scores could notice."""
+        """Check a soft cap; 0 is off, like None, and so is one near the end of float32."""
         cap = 0.0 if value is None else self.number(argument, value, minimum=0.0)
         if cap == 0.0 or cap > _LARGEST_CAP:
             return None

@@ -1,4 +1,4 @@
-"""Biases and sinks near the ends of float32 are finite numbers, not -inf, and no kernel makes NaN of them."""
+"""Biases, sinks and caps near the ends of float32 are finite numbers, and no kernel makes NaN of them."""
 
 from __future__ import annotations
 
@@ -58,3 +58,16 @@ def test_sinks_far_above_every_score_take_all(implementation: Implementation, si
     np.testing.assert_array_equal(out, 0.0)
     assert np.isfinite(lse).all()
     assert (lse >= min(SMALLEST_HELD, 0.99 * sink)).all()
+
+
+@on_every_platform
+@pytest.mark.parametrize(("cap", "of_largest"), [(1e20, 0.5), (1e30, 0.5), (9e35, 0.5), (None, 0.0)])
+def test_caps_hold_whatever_their_size(implementation: Implementation, cap: float | None, of_largest: float) -> None:
+    """Scores of 6.4e37 and 3.2e37 are the same under a cap, and 2^124 apart without one."""
+    query = np.full((1, 1, 16), 2e18, np.float32)
+    keys, values = np.empty((2, 1, 2, 1, 16), np.float32)
+    keys[0, :, 0], values[0, :, 0] = [[2e18], [1e18]], [[0.0], [1.0]]
+    arrays = (query, keys, values, np.array([2]), np.zeros((1, 1), np.int32), np.array([0, 1]))
+    options = {"softmax_scale": 1.0, "logits_soft_cap": cap, "platform": implementation.platform}
+    out = np.asarray(unified_attention(*arrays, **options))
+    np.testing.assert_allclose(out, of_largest, rtol=1e-6)
