@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from jax_bridge import tuned_configs
+from jax_bridge import launch, tuned_configs
 from jax_bridge.configs import PLATFORMS, Config
 from jax_bridge.operation import BACKEND_OF_PLATFORM, Branch, Invocation, Operation, is_usable
 from jax_bridge.registry import find_operation
@@ -48,7 +48,7 @@ def explain(op: Any, *args: Any, platform: str | None = None, cfg: Config | None
         The choices and reasons; `str()` of it reads as text.
 
     Raises:
-        TypeError, ValueError, NotImplementedError: what the call itself raises.
+        TypeError, ValueError, NotImplementedError: what the call itself raises while it is traced.
     """
     operation = find_operation(op)
     requested = operation.requested_platform(platform, cfg)
@@ -61,6 +61,9 @@ def explain(op: Any, *args: Any, platform: str | None = None, cfg: Config | None
         source = "the argument" if platform not in (None, "auto") else "cfg.platform"
         others = ", ".join(name for name in _PLATFORMS if name != row.platform)
         reasons = [f"platform {row.platform}: {source} says so", f"not {others}: the call names its platform"]
+        if row.platform == "triton" and backend != BACKEND_OF_PLATFORM["triton"] and not launch.interpreter_asked_for():
+            words = f"where it runs, the {backend} backend raises NotImplementedError"
+            reasons.append(f"here it can only be lowered for a GPU: {words}")
     else:
         reasons = [f"platform {row.platform}: chosen for the {backend} backend"]
         reasons += _passed_over(operation, invocation, row.platform, backend)

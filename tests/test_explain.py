@@ -103,6 +103,18 @@ def test_a_mesh_where_none_is_taken_is_refused() -> None:
         jax_bridge.explain("attention", *named.values(), mesh=object())
 
 
+@pytest.mark.compile  # with kernels that are not interpreted
+def test_a_kernel_that_does_not_run_here_is_explained_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For those who lower for another machine; the call itself raises."""
+    named = arguments("page_attention")
+    words = "here it can only be lowered for a GPU: where it runs, the cpu backend raises NotImplementedError"
+    assert words in str(explained("page_attention", named, platform="triton"))
+    with pytest.raises(NotImplementedError, match=r"page_attention\[triton\] does not support CPU devices"):
+        call(jax_bridge.page_attention, "page_attention", named, platform="triton")
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert words not in str(explained("page_attention", named, platform="triton"))
+
+
 def test_what_the_call_raises_is_raised() -> None:
     named = arguments("attention")
     with pytest.raises(NotImplementedError, match=r"attention\[pallas\] does not support this operation"):
