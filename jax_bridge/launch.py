@@ -284,9 +284,22 @@ def _jax_triton() -> Any:
         triton_lib.triton_kernel_call_lib = _CheckedLibrary(triton_lib.triton_kernel_call_lib)
     if (compile_to_ptx := getattr(triton_lib, _COMPILE_TO_PTX, None)) is not None:
         setattr(triton_lib, _COMPILE_TO_PTX, functools.partial(_compile_to_ptx, compile_to_ptx))
+    lower = getattr(triton_lib, "triton_kernel_call_lowering", None)
+    make_target = getattr(triton_lib, "make_cuda_target", None)
+    if lower is not None and make_target is not None:
+        rule = functools.partial(_lower, functools.partial(lower, make_target))
+        mlir.register_lowering(triton_lib.triton_kernel_call_p, rule, "cuda")
     for platform in ("cpu", "tpu"):
         mlir.register_lowering(triton_lib.triton_kernel_call_p, functools.partial(_refuse_platform, platform), platform)
     return jax_triton
+
+
+def _lower(rule: Callable[..., Any], context: Any, *operands: Any, name: str, **parameters: Any) -> Any:
+    """jax-triton's lowering for CUDA, whose errors know the kernel's name only."""
+    try:
+        return rule(context, *operands, name=name, **parameters)
+    except _SharedMemoryError as error:
+        raise ValueError(f"{name}[triton]: {error}") from error
 
 
 def _refuse_platform(platform: str, context: Any, *operands: Any, name: str, **parameters: Any) -> Any:
@@ -326,6 +339,10 @@ class _GluonPasses:
         return self._backend.gluon_to_ttgir(module, *options)
 
 
+class _SharedMemoryError(ValueError):
+    """A kernel needs more than a program of the device may have."""
+
+
 class _CheckedLibrary:
     """jaxlib's launcher, given no more than it needs, and no kernel that would lack shared memory at launch."""
 
@@ -343,9 +360,9 @@ class _CheckedLibrary:
         num_warps = int(threads[1]) // 32 if threads else num_warps
         limit = current_device().shared_memory
         if shared > limit:
-            raise ValueError(
-                f"{name}: needs {shared} bytes of shared memory, expected at most {limit} on this device; "
-                "use smaller tiles or fewer stages in cfg"
+            raise _SharedMemoryError(
+                f"cfg asks for tiles and stages with which {name} needs {shared} bytes of shared memory, expected at "
+                f"most {limit} on this device; use smaller tiles or fewer stages"
             )
         del ttir  # only for dumps
         return self._library.TritonKernel(name, num_warps, num_ctas, shared, _without_debug_sections(ptx), "", *rest)

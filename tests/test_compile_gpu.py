@@ -22,6 +22,7 @@ from bench.machine_code import Binary, compile_launch, launches_of, target_of, t
 from jax_bridge import device, paged_launch
 from jax_bridge.layouts import CacheSizes, cache_shape
 from jax_bridge.registry import OPERATIONS
+from tests import small_calls
 from tests.cases import MODELS, PAGED, Model
 from tests.implementations import FULL
 from tests.planted_kernels import KernelBug, planted
@@ -371,8 +372,24 @@ def test_launches_that_need_too_much_shared_memory_say_so() -> None:
     arrays, keywords = Variant("too large", LLAMA).arguments()
     cfg = jax_bridge.PageAttentionConfig(block_n=256, num_stages=6, platform="triton")
     call = functools.partial(jax_bridge.page_attention, **keywords, cfg=cfg)
-    with pytest.raises(ValueError, match=r"needs \d+ bytes of shared memory, expected at most \d+.*smaller tiles"):
+    words = r"page_attention\[triton\]: cfg asks for .* needs \d+ bytes of shared memory, expected at most \d+"
+    with pytest.raises(ValueError, match=words):
         jax.jit(call).trace(*arrays).lower(lowering_platforms=("cuda",))
+
+
+@pytest.mark.parametrize(
+    ("operation", "cfg"),
+    [
+        ("attention", jax_bridge.AttentionConfig(block_q=4096)),
+        ("ragged_decode_attention", jax_bridge.RaggedDecodeAttentionConfig(jax_bridge.FwdParams(blocksize_heads=8192))),
+    ],
+)
+def test_tiles_beyond_the_registers_are_refused_while_tracing(operation: str, cfg: Any) -> None:
+    """Compiling them takes minutes and gigabytes."""
+    named = small_calls.arguments(operation)
+    words = rf"{operation}: cfg asks for tiles of \d+ rows .* registers of scores or sums, expected at most the 65536"
+    with pytest.raises(ValueError, match=words):
+        jax.eval_shape(lambda named: small_calls.run(operation, named, platform="triton", cfg=cfg), named)
 
 
 def test_running_on_a_cpu_without_the_interpreter_says_what_to_do() -> None:
