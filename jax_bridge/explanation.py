@@ -67,7 +67,10 @@ def explain(op: Any, *args: Any, platform: str | None = None, cfg: Config | None
     else:
         reasons = [f"platform {row.platform}: chosen for the {backend} backend"]
         reasons += _passed_over(operation, invocation, row.platform, backend)
-    if row.heuristic_cfg is None:
+    if row.platform == "pallas":
+        given = "" if branch.cfg.is_open else f"given fields, {branch.cfg}, and otherwise "
+        reasons.append(f"configuration: {given}the kernel's own choice of blocks")
+    elif row.heuristic_cfg is None:
         reasons.append("configuration: the platform has nothing to configure")
     else:
         given = "given fields, the others " if cfg is not None and not cfg.is_open else ""

@@ -80,7 +80,9 @@ _PALLAS_NAMES = tpu_launch.PagedNames("query", "context_lens", "block_tables", i
 
 def _pallas_blocks(invocation: Invocation, cfg: PageAttentionConfig) -> tpu_launch.BlockSizes:
     pages = invocation.options.pages_per_compute_block
-    return tpu_launch.BlockSizes(keys=cfg.block_n if pages is None else pages * invocation.sizes.page_size)
+    if pages is None:
+        return tpu_launch.BlockSizes(keys=cfg.block_n, source="cfg.block_n")
+    return tpu_launch.BlockSizes(keys=pages * invocation.sizes.page_size, source="pages_per_compute_block")
 
 
 def _pallas(invocation: Invocation, cfg: PageAttentionConfig, device: Device | None) -> Outputs:

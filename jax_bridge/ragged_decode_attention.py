@@ -81,7 +81,7 @@ def _xla(invocation: Invocation, cfg: RaggedDecodeAttentionConfig, device: Devic
 def _pallas(invocation: Invocation, cfg: RaggedDecodeAttentionConfig, device: Device | None) -> Outputs:
     del device
     keys = None if cfg.fwd_params is None else cfg.fwd_params.kv_blocksize
-    return tpu_launch.attend_rows(invocation, tpu_launch.BlockSizes(keys=keys))
+    return tpu_launch.attend_rows(invocation, tpu_launch.BlockSizes(keys=keys, source="cfg.fwd_params.kv_blocksize"))
 
 
 class RaggedDecodeAttention(Operation):

@@ -38,6 +38,8 @@ class BlockSizes:
 
     tokens: int | None = None
     keys: int | None = None
+    source: str = "cfg"
+    """What says so, in words."""
 
 
 def block_sizes(cfg: Any, group_size: int) -> BlockSizes:
@@ -45,6 +47,7 @@ def block_sizes(cfg: Any, group_size: int) -> BlockSizes:
     return BlockSizes(
         tokens=None if cfg.block_m is None else 1 << max(1, cfg.block_m // group_size).bit_length() - 1,
         keys=cfg.block_n,
+        source="cfg.block_m and cfg.block_n",
     )
 
 
@@ -200,7 +203,7 @@ def attend_pages(
             operands["row_starts"] = _segment_starts(starts, sizes.num_tokens)
         if spec.scoring.qq_size is not None:
             operands["qq_bias"] = _finite_bias(arrays["qq_bias"])
-        return _run(operation, spec, operands)
+        return _run(operation, spec, operands, sizes_asked.source)
 
     out, lse = kernel_operation(f"{operation}[pallas]", attend)(dict(invocation.arrays))
     return (out, lse) if spec.return_lse else out
@@ -266,7 +269,7 @@ def attend_rows(invocation: Invocation, sizes_asked: BlockSizes) -> Outputs:
             "values": values,
             "sinks": _one_sink_a_head(arrays["softmax_aux"], num_q_heads),
         }
-        return _run(operation, spec, operands)
+        return _run(operation, spec, operands, sizes_asked.source)
 
     out, lse = kernel_operation(f"{operation}[pallas]", attend)(dict(invocation.arrays))
     return (out, lse) if spec.return_lse else out
@@ -279,7 +282,7 @@ def _one_sink_a_head(sinks: jax.Array | None, num_q_heads: int) -> jax.Array | N
     return jnp.broadcast_to(jax.nn.logsumexp(sinks.astype(jnp.float32), axis=-1), (num_q_heads,))
 
 
-def _run(operation: str, spec: Any, operands: Arrays) -> tuple[jax.Array, jax.Array | None]:
+def _run(operation: str, spec: Any, operands: Arrays, source: str) -> tuple[jax.Array, jax.Array | None]:
     from pallas_tpu import attention, float16, lowering, memory
 
     dtype = operands["queries"].dtype
@@ -288,8 +291,9 @@ def _run(operation: str, spec: Any, operands: Arrays) -> tuple[jax.Array, jax.Ar
     needed = memory.vmem_bytes(spec, present["queries"].dtype.itemsize, present["keys"].dtype.itemsize)
     if needed > memory.VMEM_BYTES:
         raise ValueError(
-            f"{operation}: cfg asks for blocks of {spec.blocks.tokens} tokens and {spec.blocks.keys} keys, which need "
-            f"{needed} bytes of vector memory, expected at most {memory.VMEM_BYTES}; use a smaller block_m or block_n"
+            f"{operation}[pallas]: with the {source} given, blocks of {spec.blocks.tokens} tokens and "
+            f"{spec.blocks.keys} keys need {needed} bytes of vector memory, expected at most {memory.VMEM_BYTES}; use "
+            "smaller ones"
         )
     order = tuple(name for name in (*attention.SCALARS, *attention.INPUTS) if name in present)
     call = attention.AttentionCall(operation, spec, order)

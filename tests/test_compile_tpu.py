@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.util
 import itertools
@@ -207,10 +208,22 @@ class TestRefusals:
         with pytest.raises(NotImplementedError, match=r"blocks of 1024 keys .*vector memory.*smaller pages"):
             compiled(large, "v5e")
 
-    def test_blocks_of_a_configuration(self) -> None:
-        cfg = jax_bridge.UnifiedAttentionConfig(block_n=4096)
-        with pytest.raises(ValueError, match=r"cfg asks for blocks of \d+ tokens and 1024 keys.*smaller block_m"):
-            compiled(LLAMA["unified_attention"], "v5e", cfg=cfg)
+    @pytest.mark.parametrize(
+        ("operation", "cfg", "fields"),
+        [
+            ("page_attention", jax_bridge.PageAttentionConfig(block_n=1 << 20), "cfg.block_n"),
+            ("unified_attention", jax_bridge.UnifiedAttentionConfig(block_n=4096), "cfg.block_m and cfg.block_n"),
+            (
+                "ragged_decode_attention",
+                jax_bridge.RaggedDecodeAttentionConfig(jax_bridge.FwdParams(kv_blocksize=4096)),
+                "cfg.fwd_params.kv_blocksize",
+            ),
+        ],
+    )
+    def test_blocks_of_a_configuration(self, operation: str, cfg: Any, fields: str) -> None:
+        words = rf"{operation}\[pallas\]: with the {fields} given, blocks of \d+ tokens and \d+ keys need \d+ bytes"
+        with pytest.raises(ValueError, match=words):
+            compiled(dataclasses.replace(LLAMA[operation], table_width=1024, dense_len=8192), "v5e", cfg=cfg)
 
     def test_pages_of_a_compute_block(self) -> None:
         many = Variant(name="many", operation="page_attention", num_kv_heads=32)

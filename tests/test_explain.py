@@ -115,6 +115,15 @@ def test_a_kernel_that_does_not_run_here_is_explained_all_the_same(monkeypatch: 
     assert words not in str(explained("page_attention", named, platform="triton"))
 
 
+def test_blocks_of_a_pallas_kernel_are_configured() -> None:
+    named = arguments("ragged_decode_attention")
+    cfg = jax_bridge.RaggedDecodeAttentionConfig(jax_bridge.FwdParams(kv_blocksize=16))
+    text = str(explained("ragged_decode_attention", named, platform="pallas", cfg=cfg))
+    assert re.search(r"configuration: given fields, .*kv_blocksize=16.*, and otherwise the kernel's own choice", text)
+    text = str(explained("ragged_decode_attention", named, platform="pallas"))
+    assert "configuration: the kernel's own choice of blocks" in text
+
+
 def test_what_the_call_raises_is_raised() -> None:
     named = arguments("attention")
     with pytest.raises(NotImplementedError, match=r"attention\[pallas\] does not support this operation"):
