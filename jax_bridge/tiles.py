@@ -55,17 +55,17 @@ def build_tile(
     asked = f"{operation}: cfg asks for tiles of {block_m} rows and {block_n} keys, with heads {widest} wide:"
     smaller = "use fewer rows or keys a tile in cfg"
     elements, key_bytes = max(block_m * block_n, block_m * widest, block_n * widest), block_n * widest * itemsize
-    sums = block_m * max(block_n, block_dv)
     if elements > _MOST_ELEMENTS:
         raise ValueError(f"{asked} {elements} elements, expected at most {_MOST_ELEMENTS}; {smaller}")
-    if sums > _REGISTERS_PER_SM and not interpreting():
-        most = f"the {_REGISTERS_PER_SM} of a multiprocessor"
-        raise ValueError(f"{asked} {sums} registers of scores or sums, expected at most {most}; {smaller}")
     if key_bytes > device.shared_memory and not interpreting():
         raise ValueError(
             f"{asked} {key_bytes} bytes of keys in shared memory, expected at most {device.shared_memory} on this "
             f"device; {smaller}"
         )
+    sums = block_m * max(block_n, block_dv)
+    if sums > _REGISTERS_PER_SM and not interpreting():
+        most = f"the {_REGISTERS_PER_SM} of a multiprocessor"
+        raise ValueError(f"{asked} {sums} registers of scores or sums, expected at most {most}; {smaller}")
     return kernels("specialization").Tile(
         block_m=block_m,
         block_n=block_n,
