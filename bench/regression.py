@@ -2,9 +2,9 @@
 
 Results come from `bench.unified` or `bench.decode` (`--json`), or from pytest-benchmark (`--benchmark-json`). Of every
 case the baseline keeps its speed in units of something that the same run measured: FlashAttention-3, the copy bandwidth
-and the matrix rate on a GPU, a little dense attention by XLA on a CPU. So another machine of the kind, and a busy one,
-give the same ratios. Compared is the first of these that both sides have; of copy bandwidth and matrix rate, that which
-bounds the case. Examples:
+and the matrix rate on a GPU, a little dense attention by XLA on one core of a CPU. So another machine of the kind, and
+a busy one, give ratios that can be compared. Compared is the first of these that both sides have; of copy bandwidth and
+matrix rate, that which bounds the case. Examples:
 
     python -m bench.regression --run                       # measure here first, as `make bench-gpu` and `bench-cpu` do
     python -m bench.regression unified.json suite.json --write
@@ -13,6 +13,7 @@ bounds the case. Examples:
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -20,7 +21,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ YARDSTICK = "yardstick"
 GROUPS = (*DEFAULT_GROUPS, "features")  # of cases beside FlashAttention-3
 
 TOLERANCES = {PEER: 0.05, "copy": 0.05, "product": 0.05, YARDSTICK: 0.5}
-"""Share by which a ratio may fall. On a CPU a ratio is between programs of different kinds, on shared cores."""
+"""Share by which a ratio may fall. On a CPU it is between programs of different kinds, in caches that others share."""
 
 CPU_RUNS = 2  # the better of which counts: what disturbs one of them is over in the other
 
@@ -162,7 +163,6 @@ def measure_here(folder: Path) -> list[Path]:
     Raises:
         subprocess.CalledProcessError: a result was wrong, or could not be timed.
     """
-    environment = dict(os.environ)
     # Asked in a process of its own: one that has asked holds memory of the GPU.
     question = [sys.executable, "-c", "import jax; print(jax.default_backend())"]
     backend = subprocess.run(question, check=True, capture_output=True, text=True).stdout.strip()
@@ -181,12 +181,29 @@ def measure_here(folder: Path) -> list[Path]:
                 "--json",
             ],
         }
-    else:  # on one thread: those that wait for each other do no work
-        environment["XLA_FLAGS"] = f"{environment.get('XLA_FLAGS', '')} --xla_cpu_multi_thread_eigen=false"
+    else:
         runs = {folder / f"suite{run}.json": [*suite, "--benchmark-json"] for run in range(CPU_RUNS)}
-    for file, command in runs.items():
-        subprocess.run([sys.executable, *command, str(file)], env=environment, check=True)
+    with contextlib.nullcontext() if backend == "gpu" else on_one_core():
+        for file, command in runs.items():
+            subprocess.run([sys.executable, *command, str(file)], check=True)
     return list(runs)
+
+
+@contextlib.contextmanager
+def on_one_core() -> Iterator[None]:
+    """Processes that start now have one thread to compute with: several take times that depend on who waits for whom.
+
+    Only where the system can do that, as Linux can.
+    """
+    if not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(cores)})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, cores)
 
 
 def best_of(runs: Iterable[Mapping[str, Ratios]]) -> dict[str, Ratios]:

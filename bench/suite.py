@@ -32,7 +32,7 @@ MAX_CALLS = 64 if ON_GPU else 4
 ROTATION_BYTES = 1e9 if ON_GPU else 1e6
 ROUNDS = 20 if ON_GPU else 100
 TIMER = time.perf_counter if ON_GPU else time.process_time
-"""The clock of rounds; on a CPU the processor's own, by which nothing else that runs on the machine counts."""
+"""The clock of rounds; on a CPU the processor's own, which stands still while something else runs there."""
 
 LAYOUT = "PTHD"
 POOL_BYTES = 8e9 if ON_GPU else 0.02e9

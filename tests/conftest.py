@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import tempfile
 import zlib
 from collections.abc import Iterator
 
@@ -54,6 +55,11 @@ def small_device() -> Iterator[None]:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Sets the environment. Test modules, and with them JAX and Triton, are imported later."""
+    for name in ("JAX_BRIDGE_AUTOTUNE", "JAX_BRIDGE_TARGET"):
+        os.environ.pop(name, None)
+    configurations = tempfile.TemporaryDirectory()  # what the user has tuned stays outside
+    config.add_cleanup(configurations.cleanup)
+    os.environ["JAX_BRIDGE_CACHE_DIR"] = configurations.name
     if not _runs_on_gpu():
         os.environ["JAX_PLATFORMS"] = "cpu"
         flags = os.environ.get("XLA_FLAGS", "")
@@ -98,6 +104,10 @@ def _is_for_later(item: pytest.Item) -> bool:
     return zlib.crc32(item.nodeid.encode()) % share > 0
 
 
+def _function(item: pytest.Item) -> str:
+    return item.nodeid.partition("[")[0]
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leaves out what this run cannot execute: native tests without a GPU, compilations in the interpreter."""
     unwanted = set()
@@ -105,12 +115,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         unwanted.add("gpu")
     if not _asks_for_compiling(config):
         unwanted.add("compile")
-    left_out = [
-        item for item in items if any(item.get_closest_marker(name) for name in unwanted) or _is_for_later(item)
-    ]
+    wanted = [item for item in items if not any(item.get_closest_marker(name) for name in unwanted)]
+    chosen = {item: not _is_for_later(item) for item in wanted}
+    functions = {_function(item) for item, is_chosen in chosen.items() if is_chosen}
+    for item in wanted:  # one at least of every function
+        chosen[item] = chosen[item] or _function(item) not in functions
+        functions.add(_function(item))
+    left_out = [item for item in items if not chosen.get(item, False)]
     if left_out:
         config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if item not in left_out]
+        items[:] = [item for item in items if chosen.get(item, False)]
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -10,7 +10,7 @@ import pytest
 from bench.cases import NAMES, AttentionCase, argument_sets, num_pool_pages, parse_case, scramble
 from bench.peers import PeerReport
 from bench.results import CaseReport, Measurement, Results, print_report
-from bench.timing import Timing, compile_program, measure_program
+from bench.timing import Timing, compile_program
 
 
 def test_cache_contents_are_the_same_in_int64_and_uint32() -> None:
@@ -60,8 +60,6 @@ def test_program_rotates_among_groups_of_arguments() -> None:
     program = compile_program(lambda offset, x: x + offset, sets, shared=(jnp.float32(10),), calls_per_program=2)
     values = [[float(output[0]) for output in program.run(index)] for index in range(4)]
     assert values == [[10, 11], [12, 13], [14, 15], [10, 11]]
-    timing = measure_program(program, repeats=2, sample_seconds=1e-4)
-    assert timing.low <= timing.median <= timing.high  # a slope between two times: below 0 on a busy machine
     with pytest.raises(ValueError, match="6 argument sets"):
         compile_program(jnp.sin, sets, calls_per_program=4)
 

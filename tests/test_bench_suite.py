@@ -17,15 +17,16 @@ SUITE = [sys.executable, "-m", "pytest", "-q", "-o", "python_files=bench_*.py", 
 
 
 def run_suite(*options: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    outside = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    return subprocess.run(
-        [*SUITE, *options],
-        cwd=ROOT,
-        env=outside | {"JAX_PLATFORMS": "cpu"} | environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    outside = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "XLA_FLAGS"))}
+    with regression.on_one_core():
+        return subprocess.run(
+            [*SUITE, *options],
+            cwd=ROOT,
+            env=outside | {"JAX_PLATFORMS": "cpu"} | environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
 
 
 def planted(folder: Path, *lines: str) -> tuple[tuple[str, ...], dict[str, str]]:

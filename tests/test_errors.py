@@ -300,14 +300,16 @@ def test_error_comes_while_tracing(operation: str) -> None:
         jax.eval_shape(lambda array: run(operation, named, **{name: array}), named[name][None, None])
 
 
-@pytest.mark.parametrize("operation", ATTENDING)
-@pytest.mark.parametrize("kind", ["scale", "cap", "window", "max_context_len", "dropout_prob"])
-def test_static_arguments_refuse_tracers(operation: str, kind: str) -> None:
-    names = {"scale": SCALE.get(operation, "softmax_scale"), "cap": CAP.get(operation, "logits_soft_cap")}
-    argument = {**names, "window": "sliding_window"}.get(kind, kind)
-    if argument not in parameters(operation):
-        return
-    value = 2 if kind in ("window", "max_context_len") else 0.5
+STATIC = {*SCALE.values(), *CAP.values(), "softmax_scale", "logits_soft_cap", "sliding_window", "max_context_len"}
+STATIC |= {"dropout_prob"}
+
+
+@pytest.mark.parametrize(
+    ("operation", "argument"),
+    [(operation, argument) for operation in ATTENDING for argument in sorted(STATIC & parameters(operation).keys())],
+)
+def test_static_arguments_refuse_tracers(operation: str, argument: str) -> None:
+    value = 2 if argument in ("sliding_window", "max_context_len") else 0.5
     pattern = rf"{operation}: {argument} is a traced value .*expected .*it is static"
     with pytest.raises(TypeError, match=pattern):
         jax.jit(lambda number: run(operation, arguments(operation), **{argument: number}))(value)
@@ -324,11 +326,16 @@ def test_dropout_needs_a_key() -> None:
         run("attention", arguments("attention"), deterministic=False, dropout_prob=0.5)
 
 
-@pytest.mark.parametrize("operation", OPERATIONS)
-@pytest.mark.parametrize("platform", ["triton", "pallas", "cuda"])
+@pytest.mark.parametrize(
+    ("operation", "platform"),
+    [
+        (operation, platform)
+        for operation in OPERATIONS
+        for platform in ("triton", "pallas", "cuda")
+        if OBJECTS[operation].implementation(platform) is None
+    ],
+)
 def test_absent_platform_is_refused(operation: str, platform: str) -> None:
-    if OBJECTS[operation].implementation(platform) is not None:
-        return
     pattern = rf'{operation}\[{platform}\] does not support this operation; use platform="xla"'
     with pytest.raises(NotImplementedError, match=pattern):
         run(operation, arguments(operation), platform=platform)
@@ -339,8 +346,6 @@ def test_absent_platform_is_refused(operation: str, platform: str) -> None:
     "hint", [{"pages_per_compute_block": 2}, {"megacore_mode": "batch"}, {"inline_seq_dim": False}], ids=str
 )
 def test_tpu_hints_are_refused_elsewhere(platform: str | None, hint: dict[str, Any]) -> None:
-    if platform == "triton" and OBJECTS["page_attention"].implementation("triton") is None:
-        return
     named = f"{platform if platform == 'triton' else 'xla'}"
     (name,) = hint
     pattern = rf'page_attention\[{named}\] does not support {name}.*belongs to platform="pallas"'

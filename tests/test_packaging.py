@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("jax_bridge", "pallas_tpu", "reference", "triton_kernels")
-LARGEST_IMPORT_SECONDS = 0.3
+LARGEST_IMPORT_SHARE = 0.8  # of what importing jax takes
 
 
 def run_python(code: str, *, blocked: tuple[str, ...] = ()) -> str:
@@ -39,7 +39,9 @@ def sources(*folders: str) -> set[str]:
 def distributions(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder with an sdist and the wheel built from it, from a copy of the tree so that the tree stays as it is."""
     scratch = tmp_path_factory.mktemp("build")
-    ignored = shutil.ignore_patterns(".git", ".venv", ".whl", ".*_cache", "__pycache__", "*.egg-info", "build", "dist")
+    # Other tests write into hidden folders and caches meanwhile.
+    hidden = (".git", ".venv", ".whl", ".gpu", ".hypothesis", ".benchmarks", ".*_cache")
+    ignored = shutil.ignore_patterns(*hidden, "pytest-cache-files-*", "__pycache__", "*.egg-info", "build", "dist")
     shutil.copytree(ROOT, scratch / "tree", ignore=ignored)
     command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", f"{scratch}/dist", f"{scratch}/tree"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
@@ -47,7 +49,6 @@ def distributions(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return scratch / "dist"
 
 
-@pytest.mark.slow
 def test_wheel_holds_the_packages_and_nothing_else(distributions: Path) -> None:
     (wheel,) = distributions.glob("jax_paged_attention-*-py3-none-any.whl")
     with zipfile.ZipFile(wheel) as archive:
@@ -65,7 +66,6 @@ def test_wheel_holds_the_packages_and_nothing_else(distributions: Path) -> None:
         assert f"Requires-Dist: {requirement}" in requirements
 
 
-@pytest.mark.slow
 def test_sdist_can_be_tested_where_it_is_unpacked(distributions: Path) -> None:
     (sdist,) = distributions.glob("jax_paged_attention-*.tar.gz")
     with tarfile.open(sdist) as archive:
@@ -133,13 +133,20 @@ print(sorted({"triton", "jax_triton", "triton_kernels", "pallas_tpu"} & sys.modu
 def test_import_adds_little_to_importing_jax() -> None:
     code = """
 import time
+times = [time.process_time()]
 import jax
-start = time.process_time()
+times.append(time.process_time())
 import jax_bridge
-print(time.process_time() - start)
+times.append(time.process_time())
+print((times[2] - times[1]) / (times[1] - times[0]))
 """
-    seconds = min(float(run_python(code)) for _ in range(3))
-    assert seconds <= LARGEST_IMPORT_SECONDS
+    assert min(float(run_python(code)) for _ in range(3)) <= LARGEST_IMPORT_SHARE
+
+
+@pytest.mark.parametrize("command", ["jax_bridge.tune", "jax_bridge.explain"])
+def test_commands_are_modules(command: str) -> None:
+    code = f"import runpy; sys.argv = [{command!r}, '--help']; runpy.run_module({command!r}, run_name='__main__')"
+    assert f"python -m {command}" in run_python(code)
 
 
 def test_readme_examples() -> None:

@@ -151,5 +151,8 @@ def test_auto_leaves_out_a_jax_triton_that_does_not_fit(tmp_path: Path) -> None:
         "    jax.jit(lambda *a: jax_bridge.page_attention(*a, platform='triton')).lower(*arrays)\n"
     )
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{tmp_path}{os.pathsep}{os.getcwd()}"}
+    environment |= {
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": f"{tmp_path}{os.pathsep}{Path(__file__).resolve().parent.parent}",
+    }
     subprocess.run([sys.executable, "-W", "error", "-c", program], check=True, timeout=120, env=environment)

@@ -1,4 +1,4 @@
-"""The pure-jnp `attention` against the float64 oracle, JAX and PyTorch."""
+"""The pure-jnp `attention` against the float64 oracle and JAX."""
 
 from __future__ import annotations
 
@@ -193,17 +193,6 @@ def test_attention_agrees_with_jax_in_value_and_gradient(case: str) -> None:
     expected = jax.value_and_grad(their_loss, (0, 1, 2))(*inputs)
     for got_one, expected_one in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(got_one, expected_one, atol=3e-5, rtol=1e-4)
-
-
-def test_attention_agrees_with_torch() -> None:
-    torch = pytest.importorskip("torch")
-    query, key, value = dense()
-    heads_first = [torch.from_numpy(np.ascontiguousarray(x.swapaxes(1, 2))) for x in (query, key, value)]
-    mask = DENSE_MASK | np.eye(5, 8, dtype=bool)
-    expected = torch.nn.functional.scaled_dot_product_attention(
-        *heads_first, attn_mask=torch.from_numpy(mask), enable_gqa=True
-    )
-    assert_close(attention((query, key, value), {"mask": mask}, dtype=None), expected.numpy().swapaxes(1, 2))
 
 
 @pytest.mark.parametrize("case", ["mask", "bias-hides", "sinks-mask", "all", "cap"])

@@ -253,6 +253,11 @@ class TestScheduler:
             check_books(requests, scheduler, unfinished=False)
 
 
+@pytest.fixture(autouse=True)
+def wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+
+
 @pytest.fixture(scope="module")
 def replayed() -> tuple[Engine, Scheduler, list[Request], serving.Replay]:
     """A replay through a pool too small for its requests."""
@@ -407,7 +412,7 @@ class TestCommand:
         outputs = ("--trace", str(trace), "--output", str(tmp_path / "timeline.png"))
         assert serving.main([*flags.split(), *outputs]) == 0
         printed = capsys.readouterr().out
-        assert re.search(r"3 submitted = 0 served \+ 0 refused \+ 3 unfinished; \d tokens generated", printed)
+        assert re.search(r"3 submitted = 0 served \+ 0 refused \+ 3 unfinished; \d+ tokens generated", printed)
         assert "recorded steps timed again" in printed
 
     def test_wrong_trace_is_exit_status_2(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

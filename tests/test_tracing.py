@@ -2,10 +2,12 @@
 
 import contextlib
 import dataclasses
+import itertools
 import os
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -22,6 +24,7 @@ from tests.small_calls import (
     ATTENDING,
     HQ,
     KEYS,
+    MP,
     OPERATIONS,
     PAGED,
     PS,
@@ -35,6 +38,7 @@ from tests.small_calls import (
     run,
 )
 
+ROOT = Path(__file__).resolve().parent.parent
 RUNNABLE = ("xla", "triton")  # on the CPU, the latter in Triton's interpreter
 CALLS = [
     (name, row.platform) for name in OPERATIONS for row in OBJECTS[name].implementations if row.platform in RUNNABLE
@@ -116,7 +120,8 @@ def test_the_first_program_of_a_process_is_traced_once(operation: str) -> None:
         "assert len(traces) == 1, f'traced {len(traces)} times'\n"
     )
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=120, env=environment | {"JAX_PLATFORMS": "cpu"})
+    environment |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120, env=environment)
 
 
 @pytest.mark.parametrize(("operation", "platform"), [call for call in CALLS if call[0] in PAGED])
@@ -212,6 +217,8 @@ def test_export_round_trip(operation: str) -> None:
     assert_close(again.call(every_array(operation, 1)), run(operation, every_array(operation, 1), platform="xla"))
 
 
+INDEXED = [name for name in OPERATIONS if any(array.dtype == np.int32 for array in arguments(name).values())]
+
 SYMBOLIC = {
     "page_attention": {
         "query": "S, 4, 16",
@@ -263,14 +270,12 @@ def test_sizes_may_be_symbolic_without_a_kernel(operation: str) -> None:
         jax.export.export(jax.jit(lambda named: run(operation, named, platform="triton")))(shapes)
 
 
-@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("operation", INDEXED)
 @pytest.mark.parametrize("dtype", [np.int8, np.uint32, np.int64, np.uint64])
 def test_index_dtypes(operation: str, dtype: Any) -> None:
     """Any integer dtype; what int32 cannot hold stays out of range instead of wrapping round."""
     named = arguments(operation)
     indices = {name: array.clip(0, 100) for name, array in named.items() if array.dtype == np.int32}
-    if not indices:
-        return
     converted = {name: array.astype(dtype) for name, array in indices.items()}
     if operation == "write_kv_pages" and dtype == np.int64:
         converted["slot_mapping"][0] = indices["slot_mapping"][0] = 2**31 - 1
@@ -332,16 +337,26 @@ def test_gradients_on_xla(operation: str) -> None:
     assert got == pytest.approx(expected, rel=2e-2, abs=2e-2)
 
 
+PAGED_ARRAYS = {
+    "page_attention": ("context_lens", "block_tables", (0, 2)),
+    "prefill_page_attention": ("context_len", "page_indices", (1, 2)),
+    "unified_attention": ("kv_lens", "block_tables", (0, 1)),
+}
+"""Names of lengths and tables, and the axes of pages and of tokens in a cache."""
+
+
 def poisoned(operation: str) -> dict[str, Any]:
-    """NaN in the cache slots that no length covers; a row without keys."""
+    """NaN in what no length covers; of several sequences one without keys."""
     named = arguments(operation)
-    if operation == "page_attention":
-        named["context_lens"] = np.asarray([9, 0], np.int32)
-        used = {(int(named["block_tables"][0, t // PS]), t % PS) for t in range(9)}
-        unused = [(page, slot) for page in range(P) for slot in range(PS) if (page, slot) not in used]
-        for cache in ("key_cache", "value_cache"):
-            for page, slot in unused:
-                named[cache][page, :, slot] = np.nan
+    if operation in PAGED:
+        lens, tables, axes = PAGED_ARRAYS[operation]
+        if len(named[lens]) > 1:
+            named[lens][1] = 0
+        length, table = named[lens][0], named[tables].reshape(-1, MP)[0]
+        used = {(table[token // PS], token % PS) for token in range(length)}
+        for page, slot in set(itertools.product(range(P), range(PS))) - used:
+            for cache in ("key_cache", "value_cache"):
+                np.moveaxis(named[cache], axes, (0, 1))[page, slot] = np.nan
     if operation == "ragged_decode_attention":
         named["sequence_end"] = np.asarray([6, 2], np.int32)
         for dense in ("key", "value"):

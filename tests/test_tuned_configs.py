@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -176,7 +177,7 @@ def test_a_directory_that_cannot_be_made_serves_the_process_only(folder: Path) -
         assert tuned_configs.store(invocation(), "triton", DEVICE, CONFIGS["page_attention"]) is None
 
 
-def test_failing_to_write_leaves_the_old_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failing_to_write_leaves_the_old_file(monkeypatch: pytest.MonkeyPatch) -> None:
     path = tuned_configs.store(invocation(), "triton", DEVICE, CONFIGS["page_attention"])
     assert path is not None
     before = path.read_bytes()
@@ -204,7 +205,7 @@ for rows in range(first, first + 25):
 """
 
 
-def test_processes_that_write_at_once_lose_nothing(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_processes_that_write_at_once_lose_nothing(tmp_path_factory: pytest.TempPathFactory) -> None:
     signals = tmp_path_factory.mktemp("signals")
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent.parent), "JAX_PLATFORMS": "cpu"}
     writers = [
@@ -212,7 +213,7 @@ def test_processes_that_write_at_once_lose_nothing(folder: Path, tmp_path_factor
         for first in (100, 200)
     ]
     while len(list(signals.glob("ready-*"))) < 2 and all(writer.poll() is None for writer in writers):
-        pass
+        time.sleep(0.01)
     (signals / "go").touch()
     assert [writer.wait(timeout=120) for writer in writers] == [0, 0]
     path = tuned_configs.path_for("page_attention", "triton", DEVICE)
