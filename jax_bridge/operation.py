@@ -16,6 +16,7 @@ from jax_bridge.configs import PLATFORMS, Config, completed, warp_specialization
 from jax_bridge.device import Device, current_device
 from jax_bridge.tuned_configs import Choice
 from jax_bridge.validation import FLOAT, describe, to_int32
+from reference import paging
 
 Outputs = jax.Array | tuple[jax.Array, ...]
 _LOWERING_NAMES = {"triton": "cuda", "pallas": "tpu"}
@@ -51,7 +52,7 @@ class Invocation:
     def is_symbolic(self) -> bool:
         """Whether a size is one of `jax.export.symbolic_shape`."""
         shapes = (array.shape for array in self.arrays.values() if array is not None)
-        return any(not isinstance(size, int) for shape in shapes for size in shape)
+        return not all(paging.is_static(*shape) for shape in shapes)
 
 
 def _supports_everything(invocation: Invocation) -> str | None:

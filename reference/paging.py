@@ -44,7 +44,7 @@ def clipped_reach(reach: int | None, farthest: Any) -> int | None:
 
 def last_at_or_before(starts: Array, values: Array) -> Array:
     """The index int32 `[N]` of the last of the ascending `starts` `[M]` that is no larger; -1 where none is."""
-    if is_static(*starts.shape):
+    if is_static(*starts.shape):  # JAX's search takes no others
         return jnp.searchsorted(starts, values, side="right").astype(jnp.int32) - 1
     return jnp.sum(starts <= values[:, None], axis=1, dtype=jnp.int32) - 1
 

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import tempfile
@@ -94,7 +95,10 @@ SAMPLED = {
     r"test_right_where_taken": 4,
     r"test_right_where_taken\[.*-pallas-": 8,
 }
-"""Tests of which a run without HYPOTHESIS_PROFILE=full takes one in so many, always the same ones."""
+"""Tests of which a run without HYPOTHESIS_PROFILE=full takes one in so many, always the same ones.
+
+Of every function it takes one at least.
+"""
 
 
 def _is_for_later(item: pytest.Item) -> bool:
@@ -102,10 +106,6 @@ def _is_for_later(item: pytest.Item) -> bool:
         return False
     share = max((number for pattern, number in SAMPLED.items() if re.search(pattern, item.nodeid)), default=1)
     return zlib.crc32(item.nodeid.encode()) % share > 0
-
-
-def _function(item: pytest.Item) -> str:
-    return item.nodeid.partition("[")[0]
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -116,15 +116,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if not _asks_for_compiling(config):
         unwanted.add("compile")
     wanted = [item for item in items if not any(item.get_closest_marker(name) for name in unwanted)]
-    chosen = {item: not _is_for_later(item) for item in wanted}
-    functions = {_function(item) for item, is_chosen in chosen.items() if is_chosen}
-    for item in wanted:  # one at least of every function
-        chosen[item] = chosen[item] or _function(item) not in functions
-        functions.add(_function(item))
-    left_out = [item for item in items if not chosen.get(item, False)]
-    if left_out:
+    chosen: set[pytest.Item] = set()
+    for _, group in itertools.groupby(wanted, lambda item: item.nodeid.partition("[")[0]):
+        of_one_function = list(group)
+        chosen.update([item for item in of_one_function if not _is_for_later(item)] or of_one_function[:1])
+    if left_out := [item for item in items if item not in chosen]:
         config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if chosen.get(item, False)]
+        items[:] = [item for item in items if item in chosen]
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

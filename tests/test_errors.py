@@ -300,8 +300,8 @@ def test_error_comes_while_tracing(operation: str) -> None:
         jax.eval_shape(lambda array: run(operation, named, **{name: array}), named[name][None, None])
 
 
-STATIC = {*SCALE.values(), *CAP.values(), "softmax_scale", "logits_soft_cap", "sliding_window", "max_context_len"}
-STATIC |= {"dropout_prob"}
+STATIC = {"softmax_scale", "logits_soft_cap", "sliding_window", "max_context_len", "dropout_prob"}
+STATIC |= {*SCALE.values(), *CAP.values()}
 
 
 @pytest.mark.parametrize(

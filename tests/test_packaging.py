@@ -1,7 +1,6 @@
 """The distribution: what is in it, what importing it costs and needs, and that what its README shows is true."""
 
 import doctest
-import os
 import re
 import shutil
 import subprocess
@@ -13,20 +12,10 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.new_process import ROOT, run_python
+
 PACKAGES = ("jax_bridge", "pallas_tpu", "reference", "triton_kernels")
 LARGEST_IMPORT_SHARE = 0.8  # of what importing jax takes
-
-
-def run_python(code: str, *, blocked: tuple[str, ...] = ()) -> str:
-    """Standard output of `code` in a new interpreter in which importing one of `blocked` fails."""
-    block = f"import sys; sys.modules.update(dict.fromkeys({blocked!r}))\n"
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-c", block + code], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def sources(*folders: str) -> set[str]:

@@ -1,6 +1,5 @@
 """Which platform and configuration a call takes."""
 
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,6 +15,7 @@ import jax_bridge
 from jax_bridge.operation import Implementation, Invocation
 from jax_bridge.page_attention import PageAttention
 from jax_bridge.registry import OPERATIONS as OBJECTS
+from tests.new_process import run_python
 from tests.small_calls import HQ, OPERATIONS, arguments, assert_close, run
 
 
@@ -150,9 +150,4 @@ def test_auto_leaves_out_a_jax_triton_that_does_not_fit(tmp_path: Path) -> None:
         "with pytest.raises(ImportError, match='jax-triton >= '):\n"
         "    jax.jit(lambda *a: jax_bridge.page_attention(*a, platform='triton')).lower(*arrays)\n"
     )
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": f"{tmp_path}{os.pathsep}{Path(__file__).resolve().parent.parent}",
-    }
-    subprocess.run([sys.executable, "-W", "error", "-c", program], check=True, timeout=120, env=environment)
+    run_python(program, "-W", "error", first=(tmp_path,), interprets=False)

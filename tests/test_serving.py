@@ -253,11 +253,6 @@ class TestScheduler:
             check_books(requests, scheduler, unfinished=False)
 
 
-@pytest.fixture(autouse=True)
-def wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "200")
-
-
 @pytest.fixture(scope="module")
 def replayed() -> tuple[Engine, Scheduler, list[Request], serving.Replay]:
     """A replay through a pool too small for its requests."""
@@ -384,6 +379,10 @@ def dense_greedy(engine: Engine, request: Request) -> list[int]:
 
 
 class TestCommand:
+    @pytest.fixture(autouse=True)
+    def wide_terminal(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("COLUMNS", "200")
+
     @pytest.mark.parametrize("attention", ["unified", "pallas"])
     def test_runs_end_to_end(self, attention: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         trace = tmp_path / "trace.csv"

@@ -3,11 +3,7 @@
 import contextlib
 import dataclasses
 import itertools
-import os
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,6 +16,7 @@ import jax_bridge
 from jax_bridge.device import target_device
 from jax_bridge.registry import OPERATIONS as OBJECTS
 from tests.implementations import SMALL_DEVICE
+from tests.new_process import run_python
 from tests.small_calls import (
     ATTENDING,
     HQ,
@@ -38,7 +35,6 @@ from tests.small_calls import (
     run,
 )
 
-ROOT = Path(__file__).resolve().parent.parent
 RUNNABLE = ("xla", "triton")  # on the CPU, the latter in Triton's interpreter
 CALLS = [
     (name, row.platform) for name in OPERATIONS for row in OBJECTS[name].implementations if row.platform in RUNNABLE
@@ -119,9 +115,7 @@ def test_the_first_program_of_a_process_is_traced_once(operation: str) -> None:
         "jax.block_until_ready([jitted(named) for _ in range(2)])\n"
         "assert len(traces) == 1, f'traced {len(traces)} times'\n"
     )
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=120, env=environment)
+    run_python(program, interprets=False)
 
 
 @pytest.mark.parametrize(("operation", "platform"), [call for call in CALLS if call[0] in PAGED])
