@@ -152,10 +152,10 @@ def _cache(path: Path, content: Mapping[str, Any], pictures: Path) -> Section:
 
 def _shared_prefix(path: Path, content: Mapping[str, Any], pictures: Path) -> Section:
     del path, pictures
-    rows = [["shared tokens", "flat us", "recipe us", "flat / recipe"]]
+    rows = [["shared tokens", "flat us", "recipe us", "flat / recipe", "at once us", "flat / at once"]]
     for row in content["seconds"]:
-        ratio = f"{row['flat'] / row['recipe']:.2f}"
-        rows.append([str(row["shared"]), _us(row["flat"]), _us(row["recipe"]), ratio])
+        others = (text for way in ("recipe", "at_once") for text in (_us(row[way]), f"{row['flat'] / row[way]:.2f}"))
+        rows.append([str(row["shared"]), _us(row["flat"]), *others])
     title = f"{content['sequences']} sequences with {content['own']} tokens of their own"
     return Section("A prefix that many sequences share", content["facts"], tables=[Table(title, rows)])
 

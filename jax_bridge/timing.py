@@ -6,7 +6,7 @@ import functools
 import itertools
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,7 +91,12 @@ def _unwritten(shape: jax.ShapeDtypeStruct) -> jax.Array:
 
 
 def compile_calls(
-    fn: Callable[..., Any], argument_sets: Sequence[tuple[Any, ...]], *, shared: tuple[Any, ...] = ()
+    fn: Callable[..., Any],
+    argument_sets: Sequence[tuple[Any, ...]],
+    *,
+    shared: tuple[Any, ...] = (),
+    chained: bool = False,
+    compiler_options: Mapping[str, str] | None = None,
 ) -> CompiledCalls:
     """Compile one program that calls `fn(*shared, *arguments)` for each of `argument_sets`.
 
@@ -102,17 +107,24 @@ def compile_calls(
         fn: traceable function.
         argument_sets: arrays or their `jax.ShapeDtypeStruct`s for each call; all of the same shapes.
         shared: leading arguments that every call gets, such as a cache; arrays or `jax.ShapeDtypeStruct`s.
+        chained: whether a call's first argument behind the shared ones is the output of the call before, as queries
+            are in a model: no two calls run at once then.
+        compiler_options: of XLA, for this program.
     """
     inner = jax.jit(fn)  # traced and lowered once for all calls of the program
 
     def program(common: tuple[Any, ...], sets: tuple[tuple[Any, ...], ...], reused: Any) -> tuple[Any, ...]:
         del reused
-        return tuple(inner(*common, *arguments) for arguments in sets)
+        outputs: list[Any] = []
+        for first, *others in sets:
+            outputs.append(inner(*common, outputs[-1] if chained and outputs else first, *others))
+        return tuple(outputs)
 
     sets = tuple(argument_sets)
     shapes = jax.eval_shape(functools.partial(program, reused=None), shared, sets)
     step = jax.jit(program, donate_argnames="reused", keep_unused=True)
-    return CompiledCalls(step.lower(shared, sets, shapes).compile(), len(sets), shapes)
+    compiled = step.lower(shared, sets, shapes).compile(dict(compiler_options or {}))
+    return CompiledCalls(compiled, len(sets), shapes)
 
 
 def compile_program(
@@ -121,6 +133,7 @@ def compile_program(
     *,
     shared: tuple[Any, ...] = (),
     calls_per_program: int | None = None,
+    **options: Any,
 ) -> Program:
     """Compile one program that calls `fn(*shared, *arguments)` for `calls_per_program` argument sets.
 
@@ -129,13 +142,14 @@ def compile_program(
         argument_sets: one tuple of arrays for each call; all of the same shapes.
         shared: leading arguments that every call gets, such as a cache.
         calls_per_program: calls in one program; default: all sets. The program runs on one group of sets after another.
+        **options: of `compile_calls`.
 
     Raises:
         ValueError: the number of sets is not a positive multiple of `calls_per_program`.
     """
     calls = len(argument_sets) if calls_per_program is None else calls_per_program
     first, *_ = _chunks(argument_sets, calls)
-    return compile_calls(fn, first, shared=shared).bind(argument_sets, shared=shared)
+    return compile_calls(fn, first, shared=shared, **options).bind(argument_sets, shared=shared)
 
 
 def measure(

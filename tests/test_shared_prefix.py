@@ -31,7 +31,7 @@ def shared_call(prefix_pages: int, **fields: Any) -> Call:
     return call.with_arrays(block_tables=tables)
 
 
-def recipe(implementation: Implementation, call: Call, prefix_pages: int) -> Result:
+def recipe(platform: str, call: Call, prefix_pages: int, prefix_splits: int | None) -> Result:
     """The recipe's answer, cut out of the arguments of the flat call."""
     (queries, key_cache, value_cache, lens, tables, starts), keywords = arguments(call)
     keywords = {name: value for name, value in keywords.items() if name not in ("causal", "return_lse")}
@@ -45,7 +45,8 @@ def recipe(implementation: Implementation, call: Call, prefix_pages: int) -> Res
         lens - prefix_len,
         tables[:, prefix_pages:],
         starts,
-        platform=implementation.platform,
+        prefix_splits=prefix_splits,
+        platform=platform,
         **keywords,
     )
     return Result(np.asarray(out).astype(np.float64), lse=np.asarray(lse).astype(np.float64))
@@ -73,10 +74,21 @@ CALLS: dict[str, tuple[int, dict[str, Any]]] = {
     ids=str,
 )
 @pytest.mark.parametrize("name", CALLS)
-def test_recipe_equals_the_flat_call(implementation: Implementation, name: str) -> None:
+@pytest.mark.parametrize("prefix_splits", [None, 3], ids=("one_after_another", "at_once"))
+def test_recipe_equals_the_flat_call(implementation: Implementation, name: str, prefix_splits: int | None) -> None:
     prefix_pages, fields = CALLS[name]
     call = shared_call(prefix_pages, **fields)
-    judge.check_close(call, recipe(implementation, call, prefix_pages), implementation(call))
+    judge.check_close(call, recipe(implementation.platform, call, prefix_pages, prefix_splits), implementation(call))
+
+
+def test_holding_back_own_tokens_changes_no_lengths() -> None:
+    """Whatever the queries are that the lengths wait for."""
+    call = shared_call(4, query_lens=(1, 1), kv_lens=(40, 33))
+    unspoiled = recipe("xla", call, 4, 3)
+    queries = call.array("queries").copy()
+    queries[0, 0, 0] = np.nan
+    spoiled = recipe("xla", call.with_arrays(queries=queries), 4, 3)
+    np.testing.assert_array_equal(spoiled.out[1:], unspoiled.out[1:])
 
 
 def test_documentation_shows_the_recipe_as_it_is_tested() -> None:
