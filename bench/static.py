@@ -106,6 +106,7 @@ CALLS: dict[str, Call] = {
     "prompt-d256": _unified(4096, 1, head_dim=256),
     "prompt-window-cap": _unified(4096, 1, sliding_window=1024, logits_soft_cap=30.0),
     "prompt-d96": _unified(4096, 1, head_dim=96),
+    "prompt-int8": _unified(4096, 1, cache_dtype=jnp.int8, k_scale=0.1, v_scale=0.1),
     "chunk": _unified(128, 1),
     "dense-causal": _dense(4096),
     "dense-segments": _dense(4096, mask_info=_segments(4096)),

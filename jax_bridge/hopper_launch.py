@@ -9,12 +9,14 @@ from jax_bridge.configs import DECODE_TILE_FIELDS, SPECIALIZED_ROWS
 from jax_bridge.device import Device
 from jax_bridge.launch import descriptor, kernels, lacks_gluon
 from jax_bridge.layouts import cache_strides
+from jax_bridge.tiles import padded_head_dim
 from jax_bridge.validation import PagedSizes
 
 TILE_ROWS = SPECIALIZED_ROWS  # of two warpgroups
 WARPS = 4  # of a warpgroup, which is all that a launch asks for: the kernel adds the others
 COMPUTING_WARPS = 2 * WARPS
-HEAD_DIMS = (64, 128, 256)
+# In tiles 64, 128 or 256 wide, since the TMA swizzles shared memory by 64 numbers; it moves 8 of them at once.
+_HEAD_DIMS = range(40, 256 + 1, 8)
 _SMALLEST_PAGE = 8  # tokens: the TMA swizzles shared memory by eight rows
 _MOST_CACHE_ROWS = 1 << 30  # MOST_CACHE_ROWS of the kernel, without importing it
 _TILE_BYTES = 32 << 10  # of K or V
@@ -39,9 +41,9 @@ def lacks(arrays: Mapping[str, Any], sizes: PagedSizes, device: Device) -> str |
         f"devices but those of compute capability 9.0 (here {device.name})": not device.specializes_warps,
         f"{queries.dtype} queries with {keys.dtype} caches, but one 16-bit dtype": queries.dtype != keys.dtype
         or np.dtype(keys.dtype).itemsize != 2,
-        f"heads {sizes.head_dim} and {sizes.value_head_dim} wide, but of one width among {HEAD_DIMS}": sizes.head_dim
-        != sizes.value_head_dim
-        or sizes.head_dim not in HEAD_DIMS,
+        f"heads {sizes.head_dim} and {sizes.value_head_dim} wide, but of one width from {_HEAD_DIMS[0]} to "
+        f"{_HEAD_DIMS[-1]} by {_HEAD_DIMS.step}": sizes.head_dim != sizes.value_head_dim
+        or sizes.head_dim not in _HEAD_DIMS,
         f"pages of {page} tokens, but of a power of two from {_SMALLEST_PAGE}": page < _SMALLEST_PAGE
         or page & (page - 1) != 0,
         "empty caches": sizes.num_pages == 0,
@@ -55,13 +57,13 @@ def lacks(arrays: Mapping[str, Any], sizes: PagedSizes, device: Device) -> str |
 
 def block_n(sizes: PagedSizes) -> int:
     """Keys a tile."""
-    return min(128, _TILE_BYTES // (2 * sizes.head_dim))
+    return min(128, _TILE_BYTES // (2 * padded_head_dim(sizes.head_dim)))
 
 
 def num_stages(sizes: PagedSizes) -> int:
     """Tiles of K, and as many of V, in shared memory: beside prompts there may be decoding, which waits for memory."""
     widest = 128 if sizes.num_seqs > 1 else 64
-    return 3 if sizes.head_dim <= widest else 2
+    return 3 if padded_head_dim(sizes.head_dim) <= widest else 2
 
 
 def check(invocation: Any, cfg: Any, device: Device) -> None:
@@ -97,14 +99,15 @@ def check(invocation: Any, cfg: Any, device: Device) -> None:
 
 
 def cache_descriptors(keys: Any, values: Any, kv_layout: str, keys_a_tile: int) -> dict[str, Any]:
-    """Both caches as matrices, a token of one head or of all heads a row, fetched a page or a tile at a time."""
-    layout = kernels("hopper_attention").SWIZZLED.value
+    """Both caches as rows of tokens, each of one head or of all, fetched a head of a page or of a tile at a time."""
+    layout = kernels("hopper_attention").SWIZZLED_HEADS.value
     page_size = keys.shape[kv_layout.index("T")]
     box = min(page_size, keys_a_tile)
 
-    def matrix(cache: Any) -> Any:
-        columns = cache_strides(kv_layout, cache.shape).token
+    def rows_of_tokens(cache: Any) -> Any:
         head_dim = cache.shape[-1]
-        return descriptor(cache, (cache.size // columns, columns), (box, head_dim), layout)
+        heads = cache_strides(kv_layout, cache.shape).token // head_dim
+        shape = (cache.size // (heads * head_dim), heads, head_dim)
+        return descriptor(cache, shape, (box, 1, padded_head_dim(head_dim)), layout)
 
-    return {"k_desc": matrix(keys), "v_desc": matrix(values)}
+    return {"k_desc": rows_of_tokens(keys), "v_desc": rows_of_tokens(values)}

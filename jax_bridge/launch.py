@@ -8,6 +8,7 @@ import functools
 import importlib
 import importlib.metadata
 import importlib.util
+import math
 import os
 import re
 import warnings
@@ -79,9 +80,10 @@ def lacks_gluon() -> str | None:
     return None if describes else "jaxlib before 0.11.1"
 
 
-def descriptor(array: Any, shape: tuple[int, int], block_shape: tuple[int, int], layout: Any) -> Any:
-    """An array as a row-major matrix of `shape`, from which the TMA fetches blocks into shared memory of `layout`."""
-    return _jax_triton().TensorDescriptor(array, shape, (shape[1], 1), block_shape, layout)
+def descriptor(array: Any, shape: tuple[int, ...], block_shape: tuple[int, ...], layout: Any) -> Any:
+    """An array as one of `shape`, row-major, from which the TMA fetches blocks into shared memory of `layout`."""
+    strides = tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
+    return _jax_triton().TensorDescriptor(array, shape, strides, block_shape, layout)
 
 
 def _triton_version() -> tuple[int, ...]:

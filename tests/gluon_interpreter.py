@@ -78,6 +78,11 @@ class SharedMemory:
     def slice(self, start: Any, length: Any) -> SharedMemory:
         return SharedMemory(self.data[_number(start) : _number(start) + _number(length)], self.dtype)
 
+    def reshape(self, shape: Sequence[Any]) -> SharedMemory:
+        view = self.data.reshape([_number(size) for size in shape])
+        assert np.shares_memory(view, self.data)
+        return SharedMemory(view, self.dtype)
+
     def permute(self, order: Sequence[int]) -> SharedMemory:
         return SharedMemory(self.data.transpose(order), self.dtype)
 
@@ -120,15 +125,15 @@ class Barriers:
 
 
 class Descriptor:
-    """A matrix that the TMA fetches boxes of."""
+    """An array that the TMA fetches boxes of."""
 
-    def __init__(self, matrix: np.ndarray, box: int) -> None:
-        self.matrix, self.block_shape = matrix, (box, None)
+    def __init__(self, array: np.ndarray, box: int) -> None:
+        self.array, self.block_shape = array, (box, None, None)
 
-    def box(self, row: int, column: int, shape: tuple[int, ...]) -> np.ndarray:
-        found = np.zeros(shape, self.matrix.dtype)
-        inside = self.matrix[row : row + shape[0], column : column + shape[1]]
-        found[: inside.shape[0], : inside.shape[1]] = inside
+    def box(self, place: Sequence[int], shape: tuple[int, ...]) -> np.ndarray:
+        found = np.zeros(shape, self.array.dtype)
+        inside = self.array[tuple(slice(start, start + size) for start, size in zip(place, shape, strict=True))]
+        found[tuple(slice(size) for size in inside.shape)] = inside
         return found
 
 
@@ -238,10 +243,10 @@ def _language(threads: Threads) -> dict[str, types.ModuleType]:
         barrier.arrive(1)
 
     def fetch(descriptor: Descriptor, place: Sequence[Any], barrier: Barrier, tile: SharedMemory) -> None:
-        row, column = (_number(each) for each in place)
+        begin = [_number(each) for each in place]
 
         def copy() -> None:
-            tile.data[...] = descriptor.box(row, column, tile.shape)
+            tile.data[...] = descriptor.box(begin, tile.shape)
             barrier.missing_bytes -= tile.nbytes_per_cta
             barrier.end_phase()
 
@@ -418,12 +423,12 @@ def interpreted(*, is_eager: bool, seed: int = 0, source: Path = KERNEL) -> Iter
         source: The kernel, which may be one with a bug.
     """
     kernel = _load(source, Threads(seed, is_eager=is_eager))
-    stand_in = types.SimpleNamespace(hopper_paged_attention_kernel=kernel, SWIZZLED=LAYOUT)
+    stand_in = types.SimpleNamespace(hopper_paged_attention_kernel=kernel, SWIZZLED_HEADS=LAYOUT)
 
     def kernels(asked: str) -> Any:
         return stand_in if asked == "hopper_attention" else launch.kernels(asked)
 
-    def matrix(cache: Any, shape: tuple[int, int], block_shape: tuple[int, int], layout: Any) -> Any:
+    def reshaped(cache: Any, shape: tuple[int, ...], block_shape: tuple[int, ...], layout: Any) -> Any:
         del block_shape, layout
         return cache.reshape(shape)
 
@@ -431,7 +436,7 @@ def interpreted(*, is_eager: bool, seed: int = 0, source: Path = KERNEL) -> Iter
         for bridge in (hopper_launch, paged_launch):
             stack.enter_context(mock.patch.object(bridge, "kernels", kernels))
         stack.enter_context(mock.patch.object(hopper_launch, "lacks_gluon", return_value=None))
-        stack.enter_context(mock.patch.object(hopper_launch, "descriptor", matrix))
+        stack.enter_context(mock.patch.object(hopper_launch, "descriptor", reshaped))
         stack.enter_context(mock.patch.object(tl.block_type, "layout", LAYOUT, create=True))
         stack.callback(jax.clear_caches)  # traces that would launch this kernel again
         yield

@@ -19,6 +19,7 @@ from bench.machine_code import Binary, compile_launch, launches_of
 from jax_bridge import PrefillPageAttentionConfig, UnifiedAttentionConfig, explain, launch, paged_launch
 from jax_bridge.device import KNOWN_DEVICES, target_device
 from jax_bridge.layouts import CacheSizes, cache_shape
+from jax_bridge.tiles import padded_head_dim
 
 pytestmark = pytest.mark.compile
 
@@ -94,6 +95,9 @@ SERVED = {
     "mixed": Prompts(num_tokens=2080, num_seqs=33),
     "split": Prompts(num_tokens=128),
     "d64": Prompts(head_dim=64, dtype=jnp.float16),
+    "d80": Prompts(head_dim=80),
+    "d96_no_groups": Prompts(head_dim=96, num_kv_heads=32),
+    "d192": Prompts(head_dim=192, num_q_heads=16, kv_layout="PHTD"),
     "d256": Prompts(head_dim=256, num_q_heads=16),
     "page_8": Prompts(page_size=8),
     "many_sequences": Prompts(num_tokens=16384, num_seqs=1022, num_q_heads=64),
@@ -115,7 +119,8 @@ def test_prompts(name: str) -> None:
     tiles = cfg.block_m + 2 * cfg.num_stages * cfg.block_n
     assert "WARPSYNC" not in binary.sass, "ptxas thinks that threads of the warp that fetches may part"
     # What Triton's own passes would add for layouts of stores does not fit beside wide heads.
-    assert tiles * prompts.head_dim * 2 <= binary.shared <= tiles * prompts.head_dim * 2 + SIDE_BYTES
+    tile_bytes = tiles * padded_head_dim(prompts.head_dim) * 2
+    assert tile_bytes <= binary.shared <= tile_bytes + SIDE_BYTES
 
 
 @pytest.mark.parametrize(
@@ -193,7 +198,9 @@ NOT_SERVED = {
     "qq_bias": Prompts(qq_bias=True),
     "float32 queries": Prompts(dtype=jnp.float32),
     "int8 caches": Prompts(cache_dtype=jnp.int8),
-    "heads 80 and 80 wide": Prompts(head_dim=80),
+    "heads 84 and 84 wide": Prompts(head_dim=84),
+    "heads 32 and 32 wide": Prompts(head_dim=32),
+    "heads 264 and 264 wide": Prompts(head_dim=264),
     "heads 128 and 64 wide": Prompts(value_head_dim=64),
     "pages of 20 tokens": Prompts(page_size=20),
     "pages of 4 tokens": Prompts(page_size=4),

@@ -47,6 +47,8 @@ CASES: dict[str, tuple[Case, dict[str, Any]]] = {
     "long_pages": (MIXED.replace(page_size=64, kv_layout="PHTD"), {}),
     "heads_outside": (MIXED.replace(kv_layout="HPTD", dtype="float16", spare_pages=30), {}),
     "groups_of_three": (MIXED.replace(num_q_heads=6, kv_scale="head"), {}),
+    "narrow_heads": (MIXED.replace(head_dim=40), {"num_par_softmax_segments": 3}),
+    "narrow_heads_outside": (MIXED.replace(head_dim=56, kv_layout="HPTD", window=50), {}),
     "prompt": (PROMPT, {}),
     "prompt_cap": (PROMPT.replace(soft_cap=50.0, sinks=1), {}),
     "prompt_far_below_cap": (PROMPT.replace(soft_cap=50.0, negative_logits=True), {}),
@@ -84,7 +86,7 @@ def served(draw: st.DrawFn) -> Case:
     """A case that the kernel serves."""
     operation = draw(st.sampled_from(("unified_attention", "unified_attention", "prefill_page_attention")))
     return draw(strategies.cases(operation)).replace(
-        head_dim=64,
+        head_dim=draw(st.sampled_from((40, 48, 64))),
         value_head_dim=None,
         dtype=draw(st.sampled_from(("bfloat16", "float16"))),
         cache_dtype=None,

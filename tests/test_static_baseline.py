@@ -21,9 +21,9 @@ def test_kernels_got_no_worse(call: str, architecture: str) -> None:
 @pytest.mark.parametrize(
     ("call", "fields", "figure"),
     [
-        ("prompt-d96", {"num_stages": 1}, "depth"),
-        ("prompt-d96", {"skip_masks": False}, "skipping_loops"),
-        ("prompt-d96", {"num_warps": 4}, "registers"),
+        ("prompt-int8", {"num_stages": 1}, "depth"),
+        ("prompt-int8", {"skip_masks": False}, "skipping_loops"),
+        ("prompt-int8", {"num_warps": 4}, "registers"),
         ("prompt", {"warp_specialized": True, "num_stages": 1}, "depth"),
         ("prompt", {"warp_specialized": False}, "launches"),
     ],

@@ -42,6 +42,7 @@ WARPS = tl.constexpr(4)  # of a warpgroup
 CONSUMER_REGISTERS = tl.constexpr(232)
 PRODUCER_REGISTERS = tl.constexpr(40)
 SWIZZLED = tl.constexpr(gl.NVMMASharedLayout(128, 16, 2))
+SWIZZLED_HEADS = tl.constexpr(gl.NVMMASharedLayout(128, 16, 3))  # the same, of tokens with an axis of one head
 EIGHTHS_FOR_FEW = tl.constexpr(3)  # of the programs begin with sequences of few rows
 PARTS = tl.constexpr(2)  # announced but not begun
 FIELDS = tl.constexpr(10)  # of a part
@@ -74,11 +75,12 @@ def find_boxes(
 
 
 @gluon.jit
-def fetch_tile(desc, boxes, column, tile, full, BOX: gl.constexpr):
-    """Have the TMA bring a tile, box by box."""
+def fetch_tile(desc, boxes, head, tile, full, BOX: gl.constexpr):
+    """Have the TMA bring a tile, box by box: with zeros where a head is narrower than the tile."""
     mbarrier.expect(full, tile.nbytes_per_cta)
+    keys = tile.reshape([tile.shape[0], 1, tile.shape[1]])
     for number in gl.static_range(len(boxes)):
-        tma.async_load(desc, [boxes[number], column], full, tile.slice(number * BOX, BOX))
+        tma.async_load(desc, [boxes[number], head, 0], full, keys.slice(number * BOX, BOX))
 
 
 @gluon.jit
@@ -101,16 +103,16 @@ def fetch_tiles(
     k_full, k_empty, v_full, v_empty, _turns = barriers
     block_n: gl.constexpr = k_ring.shape[1]
     box: gl.constexpr = k_desc.block_shape[0]
-    # The cache as a matrix: a row holds a token, of one head or of all.
+    # A row of the cache holds a token, of one head or of all.
     head_row = kv_head * (CACHE.k_head_stride // CACHE.k_token_stride)
-    head_column = kv_head * (CACHE.k_head_stride % CACHE.k_token_stride)
+    head_in_row = kv_head * (CACHE.k_head_stride % CACHE.k_token_stride // CACHE.head_dim)
     for number in range(num_tiles):
         slot, parity = place(first + number, k_ring.shape[0])
         boxes = find_boxes(begin + number * block_n, key_begin, key_end, head_row, table_ptr, block_n, box, CACHE)
         mbarrier.wait(k_empty.index(slot), parity ^ 1)
-        fetch_tile(k_desc, boxes, head_column, k_ring.index(slot), k_full.index(slot), box)
+        fetch_tile(k_desc, boxes, head_in_row, k_ring.index(slot), k_full.index(slot), box)
         mbarrier.wait(v_empty.index(slot), parity ^ 1)
-        fetch_tile(v_desc, boxes, head_column, v_ring.index(slot), v_full.index(slot), box)
+        fetch_tile(v_desc, boxes, head_in_row, v_ring.index(slot), v_full.index(slot), box)
 
 
 @gluon.jit
@@ -330,14 +332,14 @@ def fetch_queries(
     TILE: gl.constexpr,
     GROUP: gl.constexpr,
 ):
-    """Begin to copy the queries of a warpgroup's rows; zeros for rows that there are not."""
+    """Begin to copy the queries of a warpgroup's rows; zeros for rows and dimensions that there are not."""
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
     tile_row = (first_token + first_row // QUERIES.group_size).to(gl.int64) * QUERIES.num_q_heads
     rows = first_row + GROUP * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
     _, _, q_rows, row_mask = unpack_rows(rows, first_row, kv_head, num_tokens, QUERIES)
     dims = gl.arange(0, TILE.block_d, gl.SliceLayout(0, layout))
     pointers = q_ptr + tile_row * CACHE.head_dim + q_rows[:, None] * CACHE.head_dim + dims[None, :]
-    async_copy.async_load(q_tile, pointers, mask=row_mask[:, None])
+    async_copy.async_load(q_tile, pointers, mask=row_mask[:, None] & (dims < CACHE.head_dim)[None, :])
     async_copy.commit_group()
 
 
@@ -704,7 +706,7 @@ def produce(
 @gluon.jit
 def hopper_paged_attention_kernel(
     q_ptr,  # [T, Hq, D]
-    k_desc,  # the cache as a matrix of tokens
+    k_desc,  # the cache as rows of tokens, each of one head or of all
     v_desc,
     starts_ptr,  # [S + 1]
     lens_ptr,  # [S]
