@@ -448,7 +448,10 @@ def _invocation(plan: _Plan, arrays: Mapping[str, Any]) -> Invocation:
 
 
 def _run_branch(plan: _Plan, branch: Branch, arrays: Mapping[str, Any]) -> Any:
-    return branch.implementation.call(_invocation(plan, arrays), branch.cfg, branch.device)
+    # What callers forbid or debug in code of their own. A `pallas_call` that may not be jitted never ends.
+    is_kernel = branch.implementation.platform in _LOWERING_NAMES
+    with jax.numpy_rank_promotion("allow"), jax.disable_jit(jax.config.jax_disable_jit and not is_kernel):
+        return branch.implementation.call(_invocation(plan, arrays), branch.cfg, branch.device)
 
 
 def window_argument(window: tuple[int, int | None] | None) -> int | tuple[int, int] | None:

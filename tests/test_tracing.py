@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -172,6 +172,25 @@ def test_python_numbers_that_are_data_compile_nothing_new(operation: str, argume
     assert_close(
         after, run(operation, named, **{argument: np.asarray([7], np.int32 if convert is int else np.float32)})
     )
+
+
+SETTINGS: dict[str, Callable[[], contextlib.AbstractContextManager[Any]]] = {
+    "no rank promotion": lambda: jax.numpy_rank_promotion("raise"),
+    "no dtype promotion": lambda: jax.numpy_dtype_promotion("strict"),
+    "64 bits": lambda: jax.enable_x64(True),
+    "no jit": jax.disable_jit,
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize(("operation", "platform"), [*CALLS, ("unified_attention", "pallas")])
+def test_callers_may_forbid_things_in_code_of_their_own(operation: str, platform: str, setting: str) -> None:
+    named = every_array(operation, 0, platform)
+    expected = run(operation, named, platform=platform)
+    with SETTINGS[setting]():
+        answers = run(operation, named, platform=platform)
+    assert jax.tree.map(lambda a: a.dtype, answers) == jax.tree.map(lambda a: a.dtype, expected)
+    assert_close(answers, expected)
 
 
 @pytest.mark.parametrize(("operation", "platform"), CALLS)
