@@ -200,7 +200,7 @@ def _checked_rng(check: Arguments, argument: str, rng: Any) -> Any:
         raise check.value_error(argument, "is None", "a random key, as deterministic=False and dropout_prob > 0")
     dtype, shape = getattr(rng, "dtype", None), getattr(rng, "shape", None)
     is_key = dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key) and shape == ()
-    is_raw_key = dtype == jnp.uint32 and shape is not None and len(shape) == 1
+    is_raw_key = dtype == jnp.uint32 and shape == jax.eval_shape(jax.random.PRNGKey, 0).shape
     if not is_key and not is_raw_key:
         raise check.type_error(argument, f"is {describe(rng)}", "one random key of jax.random")
     return rng
@@ -243,6 +243,9 @@ def _checked_mask(check: Arguments, argument: str, mask_info: Any) -> dict[str, 
         expected = "a MaskInfo or another object with get_or_compute_attention_mask()"
         raise check.type_error(argument, f"is {describe(mask_info)}", expected)
     mask = compute()
+    if mask is None:
+        got = "answers None from get_or_compute_attention_mask()"
+        raise check.type_error(argument, got, "a boolean mask [B, 1 or Hq, Q, K], or mask_info=None")
     shape = tuple(getattr(mask, "shape", ()))
     heads = "1" if shape[1:2] == (1,) else "Hq"
     return masks | {"mask": check.array(argument, mask, ("B", heads, "Q", "K"), BOOLEAN)}

@@ -29,6 +29,7 @@ def check_values(op: Any, *args: Any, **kwargs: Any) -> None:
     operation = find_operation(op)
     elsewhere = ("platform", "cfg", "mesh", "in_specs", "out_specs")
     options = {name: value for name, value in kwargs.items() if name not in elsewhere}
+    operation.check_names(*args, **options)
     with listed_errors() as refused:
         invocation = listing(operation.invocation, operation.name, refused)(*args, **options)
     if refused:

@@ -3,6 +3,7 @@
 import abc
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -188,7 +189,18 @@ class Operation(abc.ABC):
             function, arrays = wrap(*args, platform=platform, cfg=cfg, **sharding, **kwargs)
             return function(*arrays)
         requested = self.requested_platform(platform, cfg)
-        return self.execute(self.invocation(*args, **kwargs), requested, cfg)
+        invocation = self.invocation(*args, **kwargs)
+        for name, array in invocation.arrays.items():
+            if isinstance(array, jax.ShapeDtypeStruct):
+                raise TypeError(f"{self.name}: {name} is {array}, expected an array, or the call inside jax.eval_shape")
+        return self.execute(invocation, requested, cfg)
+
+    def check_names(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse arguments of which some are missing or unknown, by the operation's name."""
+        try:
+            inspect.signature(self.invocation).bind(*args, **kwargs)
+        except TypeError as error:
+            raise TypeError(f"{self.name}: {error}, expected the arguments of its public function") from None
 
     def sharding_wrapper(self, given: Sequence[str]) -> Callable[..., tuple[Callable[..., Any], tuple[Any, ...]]]:
         """`create_shard_map_wrapper`, for a call that has the arguments `given` of sharding.

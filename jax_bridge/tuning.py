@@ -140,7 +140,8 @@ def tuned(op: Any, *args: Any, platform: str | None = None, **kwargs: Any) -> Tu
     row = _row_to_tune(operation, invocation, requested)
     device = current_device() if row.heuristic_cfg is not None else None
     if row.platform == "triton" and not launch.interpreting() and not is_at_hand(current_device()):
-        raise ValueError(f"tune: kernels are for {current_device().name}, expected the GPU of this machine")
+        target = current_device().name
+        raise ValueError(f"tune: {operation.name}[triton] is compiled for {target}, expected the GPU of this machine")
     if any(isinstance(array, jax.core.Tracer) for array in invocation.arrays.values()):
         return _outside_of_traces(lambda: _measure(operation, row, _shapes_of(invocation), device))
     return _measure(operation, row, invocation, device)

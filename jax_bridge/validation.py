@@ -39,7 +39,7 @@ class DtypeRule(NamedTuple):
             return True
         try:
             narrowed = jax.dtypes.canonicalize_dtype(dtype)
-        except TypeError:
+        except (TypeError, ValueError):  # the latter of random keys
             return False
         return narrowed in self.dtypes or (self.kind is not None and jnp.issubdtype(narrowed, self.kind))
 

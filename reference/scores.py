@@ -52,19 +52,21 @@ def per_head_sinks(sinks: Array | None, num_q_heads: int, *, one_a_head: bool) -
     return jnp.broadcast_to(sinks, (num_q_heads, sinks.shape[0]))
 
 
-def softmax(scores: Array, visible: Array, sinks: Array) -> tuple[Array, Array]:
+def softmax(scores: Array, visible: Array, sinks: Array, dtype: DTypeLike = jnp.float32) -> tuple[Array, Array]:
     """Softmax over the visible keys and the sinks.
 
     Args:
-        scores: `[B, Hq, N, K]`, in the dtype the softmax runs in. What stands at invisible keys never matters.
+        scores: float32 `[B, Hq, N, K]`. What stands at invisible keys never matters.
         visible: bool, broadcastable to `[B, Hq, N, K]`.
-        sinks: `[Hq, n]` extra logits without a value.
+        sinks: float32 `[Hq, n]` extra logits without a value.
+        dtype: of the exponentials, their sum and the weights. Rows are shifted before they are rounded to it, so that
+            no score is beyond its range.
 
     Returns:
-        The weights `[B, Hq, N, K]` in the dtype of `scores`, exactly 0 at invisible keys, and the float32 natural
-        logarithm of the denominator `[B, Hq, N]`, -inf where there is neither a key nor a sink.
+        The weights `[B, Hq, N, K]` in `dtype`, exactly 0 at invisible keys, and the float32 natural logarithm of the
+        denominator `[B, Hq, N]`, -inf where there is neither a key nor a sink.
     """
-    sinks = sinks.astype(scores.dtype)[None, :, None, :]
+    sinks = sinks[None, :, None, :]
     scores = jnp.where(visible, scores, -jnp.inf)
     largest = jnp.maximum(
         jnp.max(scores, axis=-1, keepdims=True, initial=-jnp.inf),
@@ -72,11 +74,11 @@ def softmax(scores: Array, visible: Array, sinks: Array) -> tuple[Array, Array]:
     )
     # A row without a logit would subtract -inf from -inf; and the pivot cancels out, so gradients must not see it.
     pivot = jax.lax.stop_gradient(jnp.where(largest == -jnp.inf, 0, largest))
-    weights = jnp.exp(scores - pivot)
-    denominator = jnp.sum(weights, axis=-1, keepdims=True) + jnp.sum(jnp.exp(sinks - pivot), axis=-1, keepdims=True)
+    weights, extra = (jnp.exp((logits - pivot).astype(dtype)) for logits in (scores, sinks))
+    denominator = jnp.sum(weights, axis=-1, keepdims=True) + jnp.sum(extra, axis=-1, keepdims=True)
     empty = denominator == 0
     safe = jnp.where(empty, 1, denominator)
-    lse = jnp.where(empty, -jnp.inf, jnp.log(safe) + pivot).astype(jnp.float32)
+    lse = jnp.where(empty, -jnp.inf, jnp.log(safe.astype(jnp.float32)) + pivot)
     return weights / safe, lse[..., 0]
 
 
@@ -108,7 +110,7 @@ def attention_weights(
     scores = soft_capped(scores, soft_cap)
     if bias is not None:
         scores = scores + bias.astype(jnp.float32)
-    return softmax(scores.astype(softmax_dtype), visible, sinks)
+    return softmax(scores, visible, sinks, softmax_dtype)
 
 
 def weighted_values(weights: Array, values: Array, visible: Array, v_scale: ArrayLike | None = None) -> Array:

@@ -62,7 +62,7 @@ def unified_attention(
     sinks = scores.per_head_sinks(attention_sink, num_q_heads, one_a_head=True)
     no_keys = blocks.without_keys(num_rows, value_cache.shape[kv_layout.index("D")], sinks, queries.dtype)
     if num_rows == 0 or num_seqs == 0:
-        return no_keys if return_lse else no_keys.out
+        return (no_keys.out, no_keys.lse) if return_lse else no_keys.out
     row_starts = paging.as_index(query_start_loc)
     block_q = blocks.block_size(num_rows, num_seqs)
     block_starts = first_blocks(row_starts, block_q)

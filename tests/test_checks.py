@@ -1,5 +1,6 @@
 """`check_values` and `explain`."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -130,9 +131,12 @@ def test_check_values_lists_refused_arguments(
         run(operation, arguments(operation), **changes)
 
 
-def test_check_values_passes_on_what_is_no_problem_of_arguments() -> None:
-    with pytest.raises(TypeError, match="missing 4 required positional arguments"):
-        jax_bridge.check_values("page_attention", np.zeros(3))
+@pytest.mark.parametrize("function", [jax_bridge.check_values, jax_bridge.explain, jax_bridge.tune])
+def test_missing_and_unknown_arguments_are_told_by_the_operations_name(function: Callable[..., Any]) -> None:
+    with pytest.raises(TypeError, match=r"^page_attention: missing a required argument: 'key_cache'"):
+        function("page_attention", np.zeros(3))
+    with pytest.raises(TypeError, match=r"^attention: got an unexpected keyword argument 'heads'"):
+        call(lambda *a, **k: function("attention", *a, **k), "attention", arguments("attention"), heads=3)
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)

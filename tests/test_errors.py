@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import itertools
 import re
 from typing import Any
 
@@ -50,6 +51,13 @@ def wrong(operation: str, argument: str, value: Any, error: type[Exception], *fr
     """A test parameter: the call with one argument changed must raise, naming operation, argument and the fragments."""
     label = f"{operation}-{argument}-{'-'.join(fragments)}"
     return pytest.param(operation, {argument: value}, error, fragments, id=re.sub(r"[^\w.]+", "_", label))
+
+
+class NoMask:
+    """What stands for a `mask_info` without a mask."""
+
+    def get_or_compute_attention_mask(self) -> None:
+        return None
 
 
 RANKS = [
@@ -249,6 +257,17 @@ CHOICES = [
     wrong("attention", "dropout_prob", -0.1, ValueError, "-0.1", ">= 0"),
     wrong("attention", "dropout_prob", np.asarray(0.1), TypeError, "an array", "static"),
     wrong("attention", "dropout_rng", 7, TypeError, "7", "random key"),
+    wrong("attention", "dropout_rng", np.zeros(3, np.uint32), TypeError, "shape (3,)", "random key"),
+    wrong("attention", "mask_info", NoMask(), TypeError, "answers None", "boolean mask"),
+    *(
+        wrong(operation, name, value, TypeError, fragment)
+        for operation in OPERATIONS
+        for name, array in itertools.islice(arguments(operation).items(), 1)
+        for value, fragment in (
+            (jax.random.key(0), "has dtype key<fry>"),
+            (jax.ShapeDtypeStruct(array.shape, array.dtype), "is ShapeDtypeStruct"),
+        )
+    ),
     wrong("attention", "dtype", jnp.int8, TypeError, "int8", "float32, float16, bfloat16"),
     wrong("attention", "dtype", "wide", TypeError, "'wide'", "float32, float16, bfloat16"),
     wrong("attention", "softmax_dtype", jnp.int32, TypeError, "int32", "float32, float16, bfloat16"),

@@ -122,6 +122,15 @@ def test_attention_softmax_dtype() -> None:
     assert 1e-5 < error < 3e-2
 
 
+def test_attention_in_float16_holds_logits_beyond_its_range() -> None:
+    """Rows are shifted in float32: what counts of logits of 1e5 is how far they are apart; a bias of -1e30 is one."""
+    query, key, value = dense()
+    bias = np.full((1, 1, 1, key.shape[1]), -1e30, np.float32)
+    for inputs, options in (((query * 1e3, key * 1e3, value), {}), ((query, key, value), {"bias": bias})):
+        low = np.asarray(attention(inputs, options, dtype=jnp.float32, softmax_dtype=jnp.float16))
+        np.testing.assert_allclose(low, expected_attention(inputs, options), atol=3e-3, rtol=3e-3)
+
+
 def test_attention_keys_that_no_row_sees_never_matter() -> None:
     query, key, value = dense()
     query[1, 2] = np.nan

@@ -317,6 +317,16 @@ def test_empty_calls(operation: str, argument: str, shape: tuple[int, ...]) -> N
     assert extra.shape == ((S, HQ, 0, KEYS) if operation == "attention" else shape[:-1])
 
 
+def test_rows_of_no_sequence_have_an_lse() -> None:
+    """On every platform that `"auto"` may lower for, as a pair of the same kind."""
+    empty = {"kv_lens": np.zeros(0, np.int32), "block_tables": np.zeros((0, MP), np.int32)}
+    named = arguments("unified_attention") | empty | {"query_start_loc": np.zeros(1, np.int32)}
+    answers = jax.jit(lambda named: run("unified_attention", named, return_lse=True))(named)
+    assert type(answers) is type(run("unified_attention", named, return_lse=True)) is tuple
+    np.testing.assert_array_equal(answers[0], 0)
+    np.testing.assert_array_equal(answers[1], -np.inf)
+
+
 def test_four_axes_of_a_ragged_query() -> None:
     named = arguments("ragged_decode_attention")
     flat = run("ragged_decode_attention", named, return_lse=True)
