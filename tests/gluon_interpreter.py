@@ -33,7 +33,8 @@ import triton_kernels
 from jax_bridge import hopper_launch, launch, paged_launch
 
 _GLUON = "triton.experimental.gluon"
-KERNEL = Path(triton_kernels.__file__).parent / "hopper_attention.py"
+KERNELS = Path(triton_kernels.__file__).parent
+MODULES = ("hopper_parts", "hopper_fetching", "hopper_attention")  # a module comes behind those that it imports
 
 
 class _Layout:
@@ -396,33 +397,36 @@ class Kernel:
         return run
 
 
-def _load(source: Path, threads: Threads) -> Kernel:
-    """The kernel in a file, with a Gluon of ours."""
-    specification = importlib.util.spec_from_file_location(f"interpreted_{source.stem}", source)
-    assert specification is not None
-    assert specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
+def _load(folder: Path, threads: Threads) -> Kernel:
+    """The kernel whose modules lie in a folder, with a Gluon of ours."""
     language = _language(threads)
     gluon = mock.patch.object(triton.experimental, "gluon", language[_GLUON], create=True)
     with mock.patch.dict(sys.modules, language), gluon:
-        specification.loader.exec_module(module)
-    for constant, value in list(vars(module).items()):
-        if isinstance(value, tl.constexpr):  # numbers of Python cannot be divided by them
-            setattr(module, constant, value.value)
+        for name in MODULES:
+            imported_as = f"{triton_kernels.__name__}.{name}"
+            specification = importlib.util.spec_from_file_location(imported_as, folder / f"{name}.py")
+            assert specification is not None
+            assert specification.loader is not None
+            module = importlib.util.module_from_spec(specification)
+            sys.modules[imported_as] = module
+            specification.loader.exec_module(module)
+            for constant, value in list(vars(module).items()):
+                if isinstance(value, tl.constexpr):  # numbers of Python cannot be divided by them
+                    setattr(module, constant, value.value)
     vars(module).update(pack_pairs=_rounded, unpack_pairs=lambda pairs, dtype, layout: pairs)
     return Kernel(module.hopper_paged_attention_kernel, threads)
 
 
 @contextlib.contextmanager
-def interpreted(*, is_eager: bool, seed: int = 0, source: Path = KERNEL) -> Iterator[None]:
+def interpreted(*, is_eager: bool, seed: int = 0, folder: Path = KERNELS) -> Iterator[None]:
     """Calls with specialised warps run in the interpreter.
 
     Args:
         is_eager: Whether what is asynchronous happens at once, or as late as it can.
         seed: Of the order in which warps go on.
-        source: The kernel, which may be one with a bug.
+        folder: Where the kernel's `MODULES` lie, in which there may be a bug.
     """
-    kernel = _load(source, Threads(seed, is_eager=is_eager))
+    kernel = _load(folder, Threads(seed, is_eager=is_eager))
     stand_in = types.SimpleNamespace(hopper_paged_attention_kernel=kernel, SWIZZLED_HEADS=LAYOUT)
 
     def kernels(asked: str) -> Any:

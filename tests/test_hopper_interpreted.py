@@ -175,28 +175,29 @@ BUGS: dict[str, tuple[str, str, str]] = {
     "row_tiles_cut_in_secret": ("mixed_split_often", "gl.store(tickets_ptr, 1, mask=num_splits > 1)", "pass"),
     "one_counter_for_both_kinds": ("mixed", "take_ticket(tickets_ptr + 2,", "take_ticket(tickets_ptr + 1,"),
     "partial_results_one_row_apart": ("mixed_split_often", "kv_head) * TILE.block_m\n", "kv_head)\n"),
-    "keys_of_the_first_head": ("mixed", "kv_head * (CACHE.k_head_stride % CACHE.k_token_stride)", "kv_head * 0"),
+    "keys_of_the_first_head": ("mixed", "k_token_stride // CACHE.head_dim)", "k_token_stride // CACHE.head_dim * 0)"),
     "whole_tiles_end_late": ("mixed", "gl.minimum(whole_end, key_end) - begin", "key_end - begin"),
     "parity_of_the_first_turn": ("mixed", "number // RING & 1", "number * 0"),
 }
-"""Case, and what is replaced by what in the kernel's text."""
+"""Case, and what is replaced by what in the kernel's modules."""
 
 
 @pytest.mark.parametrize("bug", BUGS)
 def test_bug_is_caught(bug: str, tmp_path: Path) -> None:
     """By the answers where copies and products come at once, or by those where they come late, or nothing goes on."""
-    from tests.gluon_interpreter import KERNEL
+    from tests.gluon_interpreter import KERNELS, MODULES
 
     case, right, wrong = BUGS[bug]
-    text = KERNEL.read_text()
-    assert text.count(right) == 1
-    source = tmp_path / f"{bug}.py"
-    source.write_text(text.replace(right, wrong))
-    compile(source.read_text(), str(source), "exec")  # no failure that anything would pass for
+    texts = {name: (KERNELS / f"{name}.py").read_text() for name in MODULES}
+    assert sum(text.count(right) for text in texts.values()) == 1
+    for name, text in texts.items():
+        source = tmp_path / f"{name}.py"
+        source.write_text(text.replace(right, wrong))
+        compile(source.read_text(), str(source), "exec")  # no failure that anything would pass for
 
     def is_wrong(**how: Any) -> bool:
         try:
-            check(case, source=source, **how)
+            check(case, folder=tmp_path, **how)
         except (AssertionError, jax.errors.JaxRuntimeError):
             return True
         return False
