@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import jax
 
 import reference
-from jax_bridge import launch, paged_heuristics, paged_launch, tpu_launch
+from jax_bridge import launch, paged_candidates, paged_heuristics, paged_launch, tpu_launch
 from jax_bridge.configs import PageAttentionConfig
 from jax_bridge.device import Device
 from jax_bridge.operation import Implementation, Invocation, Operation, Outputs, window_argument
@@ -107,7 +107,7 @@ def _triton_heuristics(invocation: Invocation, device: Device) -> PageAttentionC
 
 def _triton_candidates(invocation: Invocation, device: Device) -> tuple[PageAttentionConfig, ...]:
     heuristic = _triton_heuristics(invocation, device)
-    return paged_heuristics.page_attention_candidates(
+    return paged_candidates.page_attention_candidates(
         invocation.sizes, invocation.arrays["key_cache"].dtype, heuristic, device
     )
 

@@ -6,7 +6,7 @@ flight each are best; beside prefilling it has one program, with a deeper pipeli
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ from jax_bridge.configs import (
 )
 from jax_bridge.device import Device
 from jax_bridge.paged_launch import RowClass
-from jax_bridge.tiles import MOST_WARPS, next_power_of_two, padded_head_dim, widest_head
+from jax_bridge.tiles import next_power_of_two, padded_head_dim, widest_head
 from jax_bridge.validation import PagedSizes
 
 Classes = tuple[RowClass, ...]
@@ -59,6 +59,12 @@ def is_full_precision(dtype: Any) -> bool:
     return np.dtype(dtype).itemsize == 4
 
 
+def pipeline_bytes(sizes: PagedSizes, cache_dtype: Any, block_n: int, num_stages: int) -> int:
+    """Shared memory of the K and V tiles in flight."""
+    widths = padded_head_dim(sizes.head_dim) + padded_head_dim(sizes.value_head_dim)
+    return block_n * widths * np.dtype(cache_dtype).itemsize * max(1, num_stages - 1)
+
+
 def decode_tile(sizes: PagedSizes, rows: int, query_dtype: Any, cache_dtype: Any, device: Device) -> TileShape:
     """The tile for sequences of up to `rows` rows."""
     widest = widest_head(sizes)
@@ -69,7 +75,7 @@ def decode_tile(sizes: PagedSizes, rows: int, query_dtype: Any, cache_dtype: Any
         block_n = 64 if widest <= 128 else 32
         num_warps = 4 if widest <= 256 else 8
     num_stages = 2
-    while num_stages > 1 and _pipeline_bytes(sizes, cache_dtype, block_n, num_stages) > device.shared_memory // 2:
+    while num_stages > 1 and pipeline_bytes(sizes, cache_dtype, block_n, num_stages) > device.shared_memory // 2:
         num_stages -= 1
     return TileShape(block_m, block_n, num_warps, num_stages)
 
@@ -122,7 +128,7 @@ def _prefill_bytes(tile: TileShape, sizes: PagedSizes, cache_dtype: Any) -> int:
     Three stages are two tiles in flight, one of page ids; so are two, where products run asynchronously.
     """
     queries = tile.block_m * padded_head_dim(sizes.head_dim) * 2
-    keys = _pipeline_bytes(sizes, cache_dtype, tile.block_n, min(3, tile.num_stages + 1))
+    keys = pipeline_bytes(sizes, cache_dtype, tile.block_n, min(3, tile.num_stages + 1))
     return queries + keys + tile.block_m * tile.block_n * 2 + _PREFILL_SIDE_BYTES
 
 
@@ -138,7 +144,7 @@ def _narrowed(tile: TileShape, sizes: PagedSizes, cache_dtype: Any, device: Devi
 def _deep_stages(tile: TileShape, sizes: PagedSizes, cache_dtype: Any, device: Device) -> int:
     """Stages of decoding beside prefilling: five, or as many as fit; one of them holds page ids."""
     num_stages = 5
-    while num_stages > 1 and device.shared_memory < _SIDE_BYTES + _pipeline_bytes(
+    while num_stages > 1 and device.shared_memory < _SIDE_BYTES + pipeline_bytes(
         sizes, cache_dtype, tile.block_n, num_stages - 1
     ):
         num_stages -= 1
@@ -179,7 +185,7 @@ def ragged_decode_attention_config(
 
 def ragged_decode_attention_classes(cfg: RaggedDecodeAttentionConfig) -> Classes:
     """How ragged decode attention runs every row; a `num_key_splits` that is open balances the batch."""
-    tile, params = _ragged_tile(cfg), _params(cfg)
+    tile, params = ragged_tile(cfg), _params(cfg)
     rows = RowClass(
         **dataclasses.asdict(tile),
         skip_masks=bool(params.skip_masks),
@@ -196,7 +202,7 @@ def _params(cfg: RaggedDecodeAttentionConfig) -> FwdParams:
     return cfg.fwd_params
 
 
-def _ragged_tile(cfg: RaggedDecodeAttentionConfig) -> TileShape:
+def ragged_tile(cfg: RaggedDecodeAttentionConfig) -> TileShape:
     params = _params(cfg)
     return TileShape(
         block_m=chosen(params.blocksize_heads),
@@ -288,12 +294,6 @@ def configuration(
         warp_specialized = specializes_warps(arrays, sizes, device)
     query_dtype, cache_dtype = hopper_launch.queries_of(arrays).dtype, arrays["key_cache"].dtype
     return choose(sizes, query_dtype, cache_dtype, device, warp_specialized=warp_specialized)
-
-
-def heuristics_of_both_kernels(heuristics: Callable[..., Any], invocation: Any, device: Device) -> tuple[Any, ...]:
-    """The configuration that an operation's heuristics choose, and if its warps are specialised the one without."""
-    chosen_cfg = heuristics(invocation, device)
-    return (chosen_cfg, heuristics(invocation, device, False)) if chosen_cfg.warp_specialized else (chosen_cfg,)
 
 
 def unified_attention_config(
@@ -418,118 +418,3 @@ def _undivided_if_full(rows: RowClass, sizes: PagedSizes, num_rows: int, device:
     if rows.num_splits or programs < device.num_sms * rows.programs_per_sm:
         return rows
     return dataclasses.replace(rows, num_splits=1)
-
-
-def page_attention_candidates(
-    sizes: PagedSizes, cache_dtype: Any, heuristic: Any, device: Device
-) -> tuple[PageAttentionConfig, ...]:
-    """Configurations worth timing: variations of the heuristic one that fit the device's shared memory."""
-    variations: tuple[dict[str, Any], ...] = (
-        {},
-        {"num_stages": 3, "programs_per_sm": 3},
-        {"programs_per_sm": 3},
-        {"num_warps": 2},
-        {"block_m": max(16, heuristic.block_m), "num_warps": 2},
-        {"block_n": 2 * heuristic.block_n, "programs_per_sm": 3},
-        {"block_n": max(16, heuristic.block_n // 2)},
-        {"skip_masks": not heuristic.skip_masks},
-        {"num_splits": 1},
-    )
-    candidates = (dataclasses.replace(heuristic, **changes) for changes in variations)
-    return _fitting(candidates, lambda cfg: _decode_bytes(sizes, cache_dtype, cfg), device)
-
-
-def ragged_decode_attention_candidates(
-    sizes: PagedSizes, cache_dtype: Any, heuristic: Any, device: Device
-) -> tuple[RaggedDecodeAttentionConfig, ...]:
-    """Configurations worth timing, as for page attention."""
-    params = heuristic.fwd_params
-    variations: tuple[dict[str, Any], ...] = (
-        {},
-        {"num_stages": params.num_stages + 1},
-        {"num_stages": params.num_stages + 2},
-        {"num_warps": 2},
-        {"blocksize_heads": max(16, params.blocksize_heads)},
-        {"blocksize_heads": max(16, params.blocksize_heads), "num_warps": 2},
-        {"kv_blocksize": 2 * params.kv_blocksize},
-        {"kv_blocksize": max(16, params.kv_blocksize // 2)},
-        {"skip_masks": not params.skip_masks},
-        {"num_key_splits": 1},
-    )
-    candidates = (
-        dataclasses.replace(heuristic, fwd_params=dataclasses.replace(params, **changes)) for changes in variations
-    )
-    return _fitting(candidates, lambda cfg: _decode_bytes(sizes, cache_dtype, _ragged_tile(cfg)), device)
-
-
-def prefill_page_attention_candidates(
-    sizes: PagedSizes, cache_dtype: Any, heuristic: Any, device: Device
-) -> tuple[PrefillPageAttentionConfig, ...]:
-    """Configurations worth timing, as for page attention."""
-    candidates = (dataclasses.replace(heuristic, **changes) for changes in _prefill_variations(heuristic))
-    return _fitting(candidates, lambda cfg: _tile_bytes(sizes, cache_dtype, cfg), device)
-
-
-def unified_attention_candidates(
-    sizes: PagedSizes, query_dtype: Any, cache_dtype: Any, heuristic: Any, device: Device
-) -> tuple[UnifiedAttentionConfig, ...]:
-    """Configurations worth timing, as for page attention: one of those that launch the same for this call."""
-    variations: tuple[dict[str, Any], ...] = (*_prefill_variations(heuristic), {"seq_threshold_3d": 0})
-    if heuristic.decode_block_n is not None:
-        variations += (
-            {"decode_num_stages": heuristic.decode_num_stages + 1},
-            {"decode_block_n": 2 * heuristic.decode_block_n},
-            {"decode_programs_per_sm": heuristic.decode_programs_per_sm + 1},
-        )
-    candidates = (dataclasses.replace(heuristic, **changes) for changes in variations)
-
-    def shared_bytes(cfg: Any) -> int:
-        if cfg.decode_block_n is None:
-            return _tile_bytes(sizes, cache_dtype, cfg)
-        decode = _pipeline_bytes(sizes, cache_dtype, cfg.decode_block_n, cfg.decode_num_stages - 1)
-        return max(decode, _tile_bytes(sizes, cache_dtype, cfg))
-
-    by_classes: dict[Classes, UnifiedAttentionConfig] = {}
-    for cfg in _fitting(candidates, shared_bytes, device):
-        by_classes.setdefault(unified_attention_classes(cfg, sizes, query_dtype, device), cfg)
-    return tuple(by_classes.values())
-
-
-def _prefill_variations(heuristic: Any) -> tuple[dict[str, Any], ...]:
-    if heuristic.warp_specialized:
-        other_stages = 3 if heuristic.num_stages == 2 else 2
-        return ({}, {"num_stages": other_stages}, {"block_n": 64}, {"block_n": 64, "num_stages": 4})
-    wider = {"block_m": 2 * heuristic.block_m, "num_warps": min(MOST_WARPS, 2 * heuristic.num_warps)}
-    wider["programs_per_sm"] = max(1, MOST_WARPS // wider["num_warps"])
-    shorter = max(16, heuristic.block_n // 2)
-    return (
-        {},
-        {"num_stages": heuristic.num_stages + 1},
-        {"num_warps": 8},
-        wider,
-        {**wider, "block_n": shorter},
-        {"block_m": max(16, heuristic.block_m // 2), "num_warps": 4},
-        {"block_n": 2 * heuristic.block_n, "num_warps": 8},
-        {"block_n": shorter},
-    )
-
-
-def _fitting[C](candidates: Iterable[C], shared_bytes: Callable[[C], int], device: Device) -> tuple[C, ...]:
-    """Distinct candidates whose tiles fit the shared memory of a program."""
-    return tuple(cfg for cfg in dict.fromkeys(candidates) if shared_bytes(cfg) <= device.shared_memory)
-
-
-def _decode_bytes(sizes: PagedSizes, cache_dtype: Any, cfg: Any) -> int:
-    return _pipeline_bytes(sizes, cache_dtype, cfg.block_n, cfg.num_stages)
-
-
-def _tile_bytes(sizes: PagedSizes, cache_dtype: Any, cfg: Any) -> int:
-    """Shared memory of a prefill tile: its queries in 16 bits, and the K and V tiles in flight."""
-    query_bytes = cfg.block_m * padded_head_dim(sizes.head_dim) * 2
-    return query_bytes + _pipeline_bytes(sizes, cache_dtype, cfg.block_n, cfg.num_stages + 1)
-
-
-def _pipeline_bytes(sizes: PagedSizes, cache_dtype: Any, block_n: int, num_stages: int) -> int:
-    """Shared memory of the K and V tiles in flight."""
-    widths = padded_head_dim(sizes.head_dim) + padded_head_dim(sizes.value_head_dim)
-    return block_n * widths * np.dtype(cache_dtype).itemsize * max(1, num_stages - 1)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 import reference
-from jax_bridge import hopper_launch, launch, paged_heuristics, paged_launch, tpu_launch
+from jax_bridge import hopper_launch, launch, paged_candidates, paged_heuristics, paged_launch, tpu_launch
 from jax_bridge.configs import PrefillPageAttentionConfig
 from jax_bridge.device import Device
 from jax_bridge.operation import Implementation, Invocation, Operation, Outputs, window_argument
@@ -78,8 +78,8 @@ _triton_heuristics = functools.partial(paged_heuristics.configuration, paged_heu
 def _triton_candidates(invocation: Invocation, device: Device) -> tuple[PrefillPageAttentionConfig, ...]:
     return tuple(
         candidate
-        for heuristic in paged_heuristics.heuristics_of_both_kernels(_triton_heuristics, invocation, device)
-        for candidate in paged_heuristics.prefill_page_attention_candidates(
+        for heuristic in paged_candidates.heuristics_of_both_kernels(_triton_heuristics, invocation, device)
+        for candidate in paged_candidates.prefill_page_attention_candidates(
             invocation.sizes, invocation.arrays["key_cache"].dtype, heuristic, device
         )
     )

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from jax_bridge import paged_heuristics, paged_launch
+from jax_bridge import paged_candidates, paged_heuristics, paged_launch
 from jax_bridge.configs import RaggedDecodeAttentionConfig
 from jax_bridge.dense_launch import merged_sinks
 from jax_bridge.device import Device
@@ -55,7 +55,7 @@ def heuristic_cfg(invocation: Invocation, device: Device) -> RaggedDecodeAttenti
 def candidate_cfgs(invocation: Invocation, device: Device) -> tuple[RaggedDecodeAttentionConfig, ...]:
     """Configurations worth timing for a call, all of which fit the device."""
     heuristic, dtype = heuristic_cfg(invocation, device), invocation.arrays["key"].dtype
-    return paged_heuristics.ragged_decode_attention_candidates(paged_sizes(invocation), dtype, heuristic, device)
+    return paged_candidates.ragged_decode_attention_candidates(paged_sizes(invocation), dtype, heuristic, device)
 
 
 def attend_rows(invocation: Invocation, cfg: RaggedDecodeAttentionConfig, device: Device) -> Outputs:

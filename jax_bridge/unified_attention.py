@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 import reference
-from jax_bridge import hopper_launch, launch, paged_heuristics, paged_launch, tpu_launch
+from jax_bridge import hopper_launch, launch, paged_candidates, paged_heuristics, paged_launch, tpu_launch
 from jax_bridge.configs import UnifiedAttentionConfig
 from jax_bridge.device import Device
 from jax_bridge.operation import Implementation, Invocation, Operation, Outputs, window_argument
@@ -94,8 +94,8 @@ def _triton_candidates(invocation: Invocation, device: Device) -> tuple[UnifiedA
     arrays = invocation.arrays
     return tuple(
         candidate
-        for heuristic in paged_heuristics.heuristics_of_both_kernels(_triton_heuristics, invocation, device)
-        for candidate in paged_heuristics.unified_attention_candidates(
+        for heuristic in paged_candidates.heuristics_of_both_kernels(_triton_heuristics, invocation, device)
+        for candidate in paged_candidates.unified_attention_candidates(
             invocation.sizes, arrays["queries"].dtype, arrays["key_cache"].dtype, heuristic, device
         )
     )

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings, strategies
 
 import jax_bridge
+from jax_bridge import paged_candidates
 from jax_bridge import paged_heuristics as heuristics
 from jax_bridge.device import KNOWN_DEVICES, Device
 from jax_bridge.paged_launch import ANY_ROWS, RowClass, work_bounds
@@ -190,7 +191,7 @@ def test_candidates_are_distinct_complete_and_begin_with_the_heuristic(operation
     call = sizes(4, 100) if operation == "unified_attention" else sizes(1, 100)
     heuristic = getattr(heuristics, f"{operation}_config")(call, "bfloat16", "bfloat16", H100)
     dtypes = ["bfloat16"] * (2 if operation == "unified_attention" else 1)
-    candidates = getattr(heuristics, f"{operation}_candidates")(call, *dtypes, heuristic, H100)
+    candidates = getattr(paged_candidates, f"{operation}_candidates")(call, *dtypes, heuristic, H100)
     assert candidates[0] == heuristic
     assert len(set(candidates)) == len(candidates) > 3
 
@@ -200,7 +201,7 @@ def test_no_two_candidates_of_unified_attention_launch_the_same(num_seqs: int, n
     """Such as prefill tiles of another shape where everything is decoding."""
     call = sizes(num_seqs, num_tokens)
     heuristic = heuristics.unified_attention_config(call, "bfloat16", "bfloat16", H100)
-    candidates = heuristics.unified_attention_candidates(call, "bfloat16", "bfloat16", heuristic, H100)
+    candidates = paged_candidates.unified_attention_candidates(call, "bfloat16", "bfloat16", heuristic, H100)
     classes = {heuristics.unified_attention_classes(cfg, call, "bfloat16", H100) for cfg in candidates}
     assert len(classes) == len(candidates) > 3
 
