@@ -84,7 +84,7 @@ def attend_shared_prefix(
         prefix_options["cfg"] = dataclasses.replace(cfg, num_par_softmax_segments=prefix_splits)
         # Programs of the prefix take a whole multiprocessor each, so they must come first. The same lengths again, by a
         # kernel that waits for the queries too, hold the others back for 3 us.
-        own_lens = jnp.maximum(own_lens, jnp.isnan(queries[0, 0, 0]))
+        own_lens = jnp.maximum(own_lens, jnp.isnan(queries[:1, 0, 0]).any() & (own_lens > 0))
     prefix = attend(prefix_len, prefix_pages, every_row, causal=False, **prefix_options)
     own = attend(own_lens, own_tables, query_start_loc, **own_options, **options)
     merged: tuple[jax.Array, jax.Array] = merge_attention_states(*prefix, *own, platform=options.get("platform"))

@@ -15,7 +15,8 @@ from jax_bridge.validation import PagedSizes
 TILE_ROWS = SPECIALIZED_ROWS  # of two warpgroups
 WARPS = 4  # of a warpgroup, which is all that a launch asks for: the kernel adds the others
 COMPUTING_WARPS = 2 * WARPS
-# In tiles 64, 128 or 256 wide, since the TMA swizzles shared memory by 64 numbers; it moves 8 of them at once.
+# Tiles are 64, 128 or 256 wide: the TMA swizzles shared memory by 64 numbers. Narrower heads would be half padding.
+# It moves 8 numbers at once.
 _HEAD_DIMS = range(40, 256 + 1, 8)
 _SMALLEST_PAGE = 8  # tokens: the TMA swizzles shared memory by eight rows
 _MOST_CACHE_ROWS = 1 << 30  # MOST_CACHE_ROWS of the kernel, without importing it

@@ -189,11 +189,18 @@ class Operation(abc.ABC):
             function, arrays = wrap(*args, platform=platform, cfg=cfg, **sharding, **kwargs)
             return function(*arrays)
         requested = self.requested_platform(platform, cfg)
-        invocation = self.invocation(*args, **kwargs)
-        for name, array in invocation.arrays.items():
-            if isinstance(array, jax.ShapeDtypeStruct):
-                raise TypeError(f"{self.name}: {name} is {array}, expected an array, or the call inside jax.eval_shape")
-        return self.execute(invocation, requested, cfg)
+        try:
+            invocation = self.invocation(*args, **kwargs)
+        except TypeError:
+            self.check_names(*args, **kwargs)
+            raise
+        try:
+            return self.execute(invocation, requested, cfg)
+        except TypeError:
+            for name, array in invocation.arrays.items():
+                if isinstance(array, jax.ShapeDtypeStruct):  # which traces take, unless they need a value
+                    raise TypeError(f"{self.name}: {name} is {array}, expected an array") from None
+            raise
 
     def check_names(self, *args: Any, **kwargs: Any) -> None:
         """Refuse arguments of which some are missing or unknown, by the operation's name."""
@@ -460,7 +467,7 @@ def _invocation(plan: _Plan, arrays: Mapping[str, Any]) -> Invocation:
 
 
 def _run_branch(plan: _Plan, branch: Branch, arrays: Mapping[str, Any]) -> Any:
-    # What callers forbid or debug in code of their own. A `pallas_call` that may not be jitted never ends.
+    # Callers' settings are for code of their own; and a `pallas_call` that may not be jitted never ends.
     is_kernel = branch.implementation.platform in _LOWERING_NAMES
     with jax.numpy_rank_promotion("allow"), jax.disable_jit(jax.config.jax_disable_jit and not is_kernel):
         return branch.implementation.call(_invocation(plan, arrays), branch.cfg, branch.device)

@@ -203,6 +203,7 @@ def _params(cfg: RaggedDecodeAttentionConfig) -> FwdParams:
 
 
 def ragged_tile(cfg: RaggedDecodeAttentionConfig) -> TileShape:
+    """The tile of a complete configuration of ragged decode attention."""
     params = _params(cfg)
     return TileShape(
         block_m=chosen(params.blocksize_heads),

@@ -59,8 +59,8 @@ def softmax(scores: Array, visible: Array, sinks: Array, dtype: DTypeLike = jnp.
         scores: float32 `[B, Hq, N, K]`. What stands at invisible keys never matters.
         visible: bool, broadcastable to `[B, Hq, N, K]`.
         sinks: float32 `[Hq, n]` extra logits without a value.
-        dtype: of the exponentials, their sum and the weights. Rows are shifted before they are rounded to it, so that
-            no score is beyond its range.
+        dtype: of the exponentials and the weights. Rows are shifted before they are rounded to it and summed in
+            float32, so that neither scores nor sums are beyond its range.
 
     Returns:
         The weights `[B, Hq, N, K]` in `dtype`, exactly 0 at invisible keys, and the float32 natural logarithm of the
@@ -75,11 +75,11 @@ def softmax(scores: Array, visible: Array, sinks: Array, dtype: DTypeLike = jnp.
     # A row without a logit would subtract -inf from -inf; and the pivot cancels out, so gradients must not see it.
     pivot = jax.lax.stop_gradient(jnp.where(largest == -jnp.inf, 0, largest))
     weights, extra = (jnp.exp((logits - pivot).astype(dtype)) for logits in (scores, sinks))
-    denominator = jnp.sum(weights, axis=-1, keepdims=True) + jnp.sum(extra, axis=-1, keepdims=True)
+    denominator = sum(jnp.sum(each, axis=-1, keepdims=True, dtype=jnp.float32) for each in (weights, extra))
     empty = denominator == 0
     safe = jnp.where(empty, 1, denominator)
-    lse = jnp.where(empty, -jnp.inf, jnp.log(safe.astype(jnp.float32)) + pivot)
-    return weights / safe, lse[..., 0]
+    lse = jnp.where(empty, -jnp.inf, jnp.log(safe) + pivot)
+    return (weights / safe).astype(dtype), lse[..., 0]
 
 
 def attention_weights(

@@ -64,6 +64,18 @@ def test_program_rotates_among_groups_of_arguments() -> None:
         compile_program(jnp.sin, sets, calls_per_program=4)
 
 
+def test_chained_calls_take_the_answer_of_the_call_before() -> None:
+    sets = [(jnp.float32(0), jnp.float32(1)), (jnp.float32(10), jnp.float32(1))]
+    unchained, chained = (compile_program(jnp.add, sets, chained=chained).run(0) for chained in (False, True))
+    assert unchained == (1, 11)
+    assert chained == (1, 2)
+
+
+def test_options_of_the_compiler_reach_it() -> None:
+    with pytest.raises(jax.errors.JaxRuntimeError, match="no_such_option"):
+        compile_program(jnp.sin, [(jnp.zeros(2),)], compiler_options={"no_such_option": "1"})
+
+
 def test_every_call_of_a_program_is_executed() -> None:
     calls = []
 

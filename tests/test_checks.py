@@ -131,7 +131,11 @@ def test_check_values_lists_refused_arguments(
         run(operation, arguments(operation), **changes)
 
 
-@pytest.mark.parametrize("function", [jax_bridge.check_values, jax_bridge.explain, jax_bridge.tune])
+@pytest.mark.parametrize(
+    "function",
+    [jax_bridge.check_values, jax_bridge.explain, jax_bridge.tune, lambda op, *a, **k: OBJECTS[op].get_impl()(*a, **k)],
+    ids=["check_values", "explain", "tune", "get_impl"],
+)
 def test_missing_and_unknown_arguments_are_told_by_the_operations_name(function: Callable[..., Any]) -> None:
     with pytest.raises(TypeError, match=r"^page_attention: missing a required argument: 'key_cache'"):
         function("page_attention", np.zeros(3))

@@ -16,10 +16,11 @@ from triton.backends.compiler import GPUTarget
 
 import jax_bridge
 from bench.machine_code import Binary, compile_launch, launches_of
-from jax_bridge import PrefillPageAttentionConfig, UnifiedAttentionConfig, explain, launch, paged_launch
+from jax_bridge import PrefillPageAttentionConfig, UnifiedAttentionConfig, explain, hopper_launch, launch, paged_launch
 from jax_bridge.device import KNOWN_DEVICES, target_device
 from jax_bridge.layouts import CacheSizes, cache_shape
 from jax_bridge.tiles import padded_head_dim
+from jax_bridge.validation import PagedSizes
 
 pytestmark = pytest.mark.compile
 
@@ -191,6 +192,17 @@ def test_a_warpgroup_is_complete_when_it_arrives_at_a_barrier(name: str, options
     events = re.findall(rf"BAR\.SYNC|{re.escape(arrival)}", computing)
     assert events.count(arrival) > 20
     assert all(before == "BAR.SYNC" for before, event in itertools.pairwise(events) if event == arrival)
+
+
+def test_bridge_and_kernel_agree_on_where_caches_end() -> None:
+    """Boxes that nobody needs are fetched from there."""
+    beyond = launch.kernels("hopper_fetching").MOST_CACHE_ROWS.value
+    arrays = {**dict.fromkeys(("alibi_slopes", "qq_bias")), "queries": jnp.zeros(1, jnp.bfloat16)}
+    arrays["key_cache"] = arrays["queries"]
+    sizes = PagedSizes(1, 512, 8, 8, 1, 128, 128, num_pages=beyond // 128, page_size=16, table_width=1)
+    assert hopper_launch.lacks(arrays, sizes, KNOWN_DEVICES["h100"]) is None
+    one_more = dataclasses.replace(sizes, num_pages=sizes.num_pages + 1)
+    assert "caches of more than" in str(hopper_launch.lacks(arrays, one_more, KNOWN_DEVICES["h100"]))
 
 
 NOT_SERVED = {

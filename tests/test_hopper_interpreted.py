@@ -176,6 +176,7 @@ BUGS: dict[str, tuple[str, str, str]] = {
     "one_counter_for_both_kinds": ("mixed", "take_ticket(tickets_ptr + 2,", "take_ticket(tickets_ptr + 1,"),
     "partial_results_one_row_apart": ("mixed_split_often", "kv_head) * TILE.block_m\n", "kv_head)\n"),
     "keys_of_the_first_head": ("mixed", "k_token_stride // CACHE.head_dim)", "k_token_stride // CACHE.head_dim * 0)"),
+    "queries_of_the_next_head": ("narrow_heads", " & (dims < CACHE.head_dim)[None, :]", ""),
     "whole_tiles_end_late": ("mixed", "gl.minimum(whole_end, key_end) - begin", "key_end - begin"),
     "parity_of_the_first_turn": ("mixed", "number // RING & 1", "number * 0"),
 }

@@ -183,7 +183,9 @@ SETTINGS: dict[str, Callable[[], contextlib.AbstractContextManager[Any]]] = {
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.parametrize(("operation", "platform"), [*CALLS, ("unified_attention", "pallas")])
+@pytest.mark.parametrize(
+    ("operation", "platform"), [*CALLS, ("unified_attention", "pallas"), ("unified_attention", "auto")]
+)
 def test_callers_may_forbid_things_in_code_of_their_own(operation: str, platform: str, setting: str) -> None:
     named = every_array(operation, 0, platform)
     expected = run(operation, named, platform=platform)
