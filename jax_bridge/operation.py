@@ -189,17 +189,21 @@ class Operation(abc.ABC):
             function, arrays = wrap(*args, platform=platform, cfg=cfg, **sharding, **kwargs)
             return function(*arrays)
         requested = self.requested_platform(platform, cfg)
-        try:
-            invocation = self.invocation(*args, **kwargs)
-        except TypeError:
-            self.check_names(*args, **kwargs)
-            raise
+        invocation = self.checked(*args, **kwargs)
         try:
             return self.execute(invocation, requested, cfg)
         except TypeError:
             for name, array in invocation.arrays.items():
                 if isinstance(array, jax.ShapeDtypeStruct):  # which traces take, unless they need a value
                     raise TypeError(f"{self.name}: {name} is {array}, expected an array") from None
+            raise
+
+    def checked(self, *args: Any, **kwargs: Any) -> Invocation:
+        """As `invocation`, for arguments whose names nobody has checked."""
+        try:
+            return self.invocation(*args, **kwargs)
+        except TypeError:
+            self.check_names(*args, **kwargs)
             raise
 
     def check_names(self, *args: Any, **kwargs: Any) -> None:
@@ -467,9 +471,7 @@ def _invocation(plan: _Plan, arrays: Mapping[str, Any]) -> Invocation:
 
 
 def _run_branch(plan: _Plan, branch: Branch, arrays: Mapping[str, Any]) -> Any:
-    # Callers' settings are for code of their own; and a `pallas_call` that may not be jitted never ends.
-    is_kernel = branch.implementation.platform in _LOWERING_NAMES
-    with jax.numpy_rank_promotion("allow"), jax.disable_jit(jax.config.jax_disable_jit and not is_kernel):
+    with jax.numpy_rank_promotion("allow"):  # a caller may forbid it in code of their own
         return branch.implementation.call(_invocation(plan, arrays), branch.cfg, branch.device)
 
 

@@ -130,8 +130,7 @@ def invocation_of_a_call(operation: Operation, args: Sequence[Any], options: Map
     names = ("mesh", "in_specs", "out_specs")
     others = {name: value for name, value in options.items() if name not in names}
     if all(options.get(name) is None for name in names):
-        operation.check_names(*args, **others)
-        return operation.invocation(*args, **others)
+        return operation.checked(*args, **others)
     return _invocation_of_a_shard(operation, args, others, {name: options.get(name) for name in names})
 
 

@@ -49,7 +49,8 @@ _kernel_p.multiple_results = True
 
 @_kernel_p.def_impl
 def _run_eagerly(*arrays: Any, kernel: Kernel) -> Any:
-    return jax.jit(lambda *operands: _kernel_p.bind(*operands, kernel=kernel))(*arrays)
+    with jax.disable_jit(False):  # else this is what the bound primitive calls
+        return jax.jit(lambda *operands: _kernel_p.bind(*operands, kernel=kernel))(*arrays)
 
 
 @_kernel_p.def_abstract_eval
